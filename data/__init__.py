@@ -1,0 +1,1 @@
+"""Sensor files to tensors: nuScenes index, dataset, augmentation, teacher-output store, synthetic city."""

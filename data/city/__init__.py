@@ -1,0 +1,1 @@
+"""A synthetic city in nuScenes format, ray cast from meshes."""

@@ -1,0 +1,1 @@
+"""Distillation terms and the recipes made of them."""

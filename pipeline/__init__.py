@@ -1,0 +1,1 @@
+"""What runs the stages: CLI, parameters, graph, flow, launchers, trainer, tracking, report."""

@@ -1,0 +1,29 @@
+"""Shared fixtures: the real keyframes, one thread per test process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "real" / "nuscenes"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_dataroot() -> Path:
+    """Dataroot of the two real nuScenes keyframes, read in place."""
+    if not REAL.is_dir():
+        pytest.skip("the real nuScenes keyframes are absent: ../shared/real/nuscenes")
+    return REAL
