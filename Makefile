@@ -1,0 +1,44 @@
+# make demo   the whole study on the synthetic city, ends with the report's table
+# make test   lint and the test suite
+# make setup  the environment (the others call it; it does nothing when it is done)
+# make ui     MLflow on http://127.0.0.1:5000
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint ui up clean
+SHELL := /bin/bash
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
+PY     := .venv/bin/python
+# Setup is done when this file is there; its name changes with everything that setup reads.
+READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)
+# Tests use two processes; more would only wait for each other's ray caster and solver threads on a small machine.
+TEST_PROCESSES ?= 2
+
+help:            ## this list
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(READY)  ## virtual environment, locked pins, mmcv with ops, mlflow tables
+
+$(READY): | setup/setup.sh
+	@PYTHON="$(PYTHON)" bash setup/setup.sh
+	@rm -f .venv/.ready-* && touch $@
+
+demo: setup      ## the study of params.yaml at demo size
+	@$(PY) -m pipeline profile demo
+	@$(PY) -m pipeline run
+	@cat reports/table.txt
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+test: lint
+	@.venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup
+
+ui: setup
+	@$(PY) -m pipeline ui
+
+up: setup
+	@$(PY) -m pipeline up
+
+clean:           ## what the pipeline made (the environment stays)
+	@rm -rf outputs .scratch logs reports/report.html
