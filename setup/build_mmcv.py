@@ -63,7 +63,7 @@ def precompile_header(folder: Path) -> list[str]:
     header.write_text("#include <torch/types.h>\n")
     includes = [flag for path in [*include_paths("cpu"), sysconfig.get_paths()["include"]] for flag in ("-I", path)]
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *BASE_FLAGS, *HEADER_FLAGS, *includes, "-x", "c++-header", str(header),
+    command = [compiler, *BASE_FLAGS, *HEADER_FLAGS, "-w", *includes, "-x", "c++-header", str(header),
                "-o", f"{header}.gch"]
     subprocess.run(command, check=True)
     return ["-include", str(header), "-Winvalid-pch"]
@@ -83,7 +83,7 @@ def build(target: Path) -> None:
         }
         # Without isolation, because an isolated build has no torch and then quietly leaves the ops out.
         # Without pip's cache, because pip keys a built wheel by version alone and would reuse another torch's.
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+        subprocess.run([sys.executable, "-m", "pip", "-qq", "wheel", "--no-deps", "--no-build-isolation",
                         "--no-cache-dir", "--no-binary", "mmcv", "--wheel-dir", str(folder / "wheel"),
                         f"mmcv=={MMCV}"], check=True, env=environment)
         target.parent.mkdir(parents=True, exist_ok=True)
