@@ -1,0 +1,409 @@
+"""The training loop: one class on Lightning Fabric for every teacher and student.
+
+Everything that a step depends on is either in the checkpoint (weights, optimiser, average, loss scaler, step number) or
+a pure function of (seed, step, rank): the samples (`sampler`), the learning rate (`schedule`), all random draws
+(`seeding`). A run that was killed and resumed therefore repeats the uninterrupted run bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
+from pipeline.ema import EMA
+from pipeline.environment import cores
+from pipeline.errors import PipelineError
+from pipeline.launch import PREEMPTED
+from pipeline.progress import ProgressBar
+from pipeline.sampler import KeyedDataset, StepBatches, start_worker
+from pipeline.schedule import learning_rate
+from pipeline.seeding import STEP, make_deterministic, seed_everything
+
+if TYPE_CHECKING:
+    from pipeline.params import TrainConfig
+
+log = logging.getLogger(__name__)
+RUNTIME = {"checkpoint_minutes", "workers", "log_every"}  # settings that do not change the result
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which the ranks of a dead rank end too
+SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed training counts as diverged
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    module: nn.Module  # everything with weights: the model, and train-only modules
+
+    def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
+        """Weighted loss terms (scalars, to be summed; the same names every step); `progress` is in [0, 1)."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where curves go."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log values of a step."""
+        ...
+
+
+class NonFiniteError(PipelineError):
+    """A loss or a gradient is NaN or infinite; names the step, the term and the samples."""
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop; its state is saved; uncaught, it ends the process with exit code PREEMPTED."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(PREEMPTED)
+        self.step = step
+
+
+class _Opaque:
+    """Carries a batch through Fabric's forward, which would cast its coordinates and calibration to bfloat16."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+class _Loss(nn.Module):
+    """The task as a module, so that DDP sees its forward."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.module = task.module
+        self.loss = task.loss
+
+    def forward(self, batch: _Opaque, progress: float) -> dict[str, Tensor]:
+        return self.loss(batch.content, progress)
+
+
+def train(
+    task: Task,
+    dataset: Dataset[Any],
+    collate: Callable[[list[Any]], Any],
+    config: TrainConfig,
+    *,
+    seed: int,
+    scratch: Path,
+    tracker: Tracker,
+    stop: Callable[[], bool] = lambda: False,
+    label: str = "train",
+) -> dict[str, Tensor]:
+    """Train to the end, from the newest checkpoint in `scratch` if there is one.
+
+    Args:
+        task: the module and its losses.
+        dataset: read by `sampler.Key`; `collate` makes batches with `tokens`, `.to(device)` and, for GPUs,
+            `.pin_memory()`.
+        config: the settings; `batch_size` counts all processes together.
+        seed: of the order of samples and of every draw in the steps.
+        scratch: folder of the checkpoints and of `trace.jsonl`, one line per step.
+        tracker: gets the curves, from rank 0.
+        stop: asked after every step; when it answers True the state is saved and Preempted raised.
+        label: name in the progress bar.
+
+    Returns:
+        Averaged state (EMA) of `task.module` on the CPU; with `ema_decay` 0 the last one.
+
+    Raises:
+        Preempted: after `stop`.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+        CheckpointError: the checkpoint in `scratch` belongs to another configuration or number of processes.
+    """
+    return Trainer(task, dataset, collate, config, seed, scratch, tracker, stop, label).fit()
+
+
+def make_fabric(precision: Any) -> Fabric:
+    """Fabric on this process's device: CUDA if there is one; the processes of torchrun if it started this one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # Unused parameters are looked for because terms may start late; it also keeps DDP from regrouping its buckets
+    # after the first step, which would make a resumed run sum gradients of three or more ranks in another order.
+    strategy = DDPStrategy(find_unused_parameters=True, timeout=COLLECTIVE_TIMEOUT) if world > 1 else "auto"
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return Fabric(
+        accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
+    )
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels; none on biases, norms and other vectors."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class Trainer:
+    """State and steps of one run; see `train`."""
+
+    def __init__(
+        self,
+        task: Task,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
+        config: TrainConfig,
+        seed: int,
+        scratch: Path,
+        tracker: Tracker,
+        stop: Callable[[], bool],
+        label: str,
+    ) -> None:
+        make_deterministic()
+        self.fabric = make_fabric(config.precision)
+        self.fabric.launch()
+        self.config, self.seed, self.scratch, self.tracker = config, seed, scratch, tracker
+        self.stop, self.label = stop, label
+        self.dataset, self.collate = dataset, collate
+        self.module = self.fabric.to_device(task.module).train()
+        self.loss, self.optimizer = self.fabric.setup(_Loss(task), self._make_optimizer())
+        self.ema = EMA(self.module, config.ema_decay)
+        self.checkpoints = Checkpoints(scratch / "checkpoints")
+        self.step = 0
+        self.skipped = 0  # 16-mixed: steps in a row that the loss scaler skipped
+        self.total = self._batches().total_steps
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.module, self.config.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.config.lr, weight_decay=0.0)
+
+    def fit(self) -> dict[str, Tensor]:
+        """Resume, run the remaining steps, save the last state, return the averaged weights."""
+        self._resume()
+        main = self.fabric.is_global_zero
+        saved = time.monotonic()
+        with (
+            Trace(self.scratch / "trace.jsonl", self.step, main) as trace,
+            ProgressBar(self.label, self.total, self.step, main) as bar,
+        ):
+            batches = iter(self._loader()) if self.step < self.total else iter(())
+            while self.step < self.total:
+                metrics = self._one_step(batches)
+                trace.write(self.step, metrics)
+                self._report(bar, metrics)
+                stopped, due = metrics["stop"] > 0, time.monotonic() - saved >= 60 * self.config.checkpoint_minutes
+                if stopped or due or self.step == self.total:
+                    trace.flush()
+                    self._save()
+                    saved = time.monotonic()
+                if stopped and self.step < self.total:
+                    raise Preempted(self.step)
+        return {name: tensor.cpu() for name, tensor in self.ema.state.items()}
+
+    def _one_step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """One optimiser step; returns its metrics, averaged over the ranks."""
+        started = time.perf_counter()
+        rate = learning_rate(self.step, self.total, self.config.lr, self.config.warmup, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        terms, tokens, waited = self._accumulate_gradients(batches)
+        limit = self.config.grad_clip or math.inf
+        norm = self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        metrics = self._read(terms, norm, tokens)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.ema.update(self.module, self.step)
+        return metrics | {"lr": rate, "data_wait_s": waited, "step_s": time.perf_counter() - started}
+
+    def _accumulate_gradients(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], list[str], float]:
+        """Forward and backward of the step's micro-batches; returns mean terms, sample tokens, seconds without data."""
+        parts = self.config.accumulate
+        sums: dict[str, Tensor] = {}
+        tokens: list[str] = []
+        waited = 0.0
+        for part in range(parts):
+            asked = time.perf_counter()
+            batch = self.fabric.to_device(next(batches))
+            waited += time.perf_counter() - asked
+            tokens += list(getattr(batch, "tokens", []))
+            seed_everything(STEP, self.seed, self.step, part, self.fabric.global_rank)
+            skip_sync = part < parts - 1 and self.fabric.world_size > 1
+            with self.fabric.no_backward_sync(self.loss, enabled=skip_sync):
+                terms = self.loss(_Opaque(batch), self.step / self.total)
+                self.fabric.backward(torch.stack(list(terms.values())).sum() / parts)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / parts
+        return sums, tokens, waited
+
+    def _read(self, terms: dict[str, Tensor], norm: Tensor | None, tokens: list[str]) -> dict[str, float]:
+        """Losses and gradient norm as numbers, in one transfer, checked before the weights are touched."""
+        assert norm is not None
+        names = [*terms, "grad_norm"]
+        values = torch.stack([*terms.values(), norm.detach().float()])
+        self._check_finite(dict(zip(names, values.tolist(), strict=True)), tokens)
+        stop = torch.tensor([float(self.stop())], device=values.device)
+        reduced = cast(Tensor, self.fabric.all_reduce(torch.cat([values, stop]), reduce_op="mean"))
+        metrics = dict(zip([*names, "stop"], reduced.tolist(), strict=True))
+        return {"loss": sum(metrics[name] for name in terms)} | metrics
+
+    def _check_finite(self, values: dict[str, float], tokens: list[str]) -> None:
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        scaled = self.config.precision == "16-mixed"
+        self.skipped = self.skipped + 1 if wrong == ["grad_norm"] and scaled else 0
+        if not wrong or 0 < self.skipped <= SKIPS_IN_A_ROW:
+            return
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        raise NonFiniteError(
+            f"step {self.step}: {', '.join(f'{name} is {values[name]}' for name in wrong)}; "
+            f"samples: {', '.join(tokens) or 'unnamed'}; first weights with such a gradient: "
+            f"{', '.join(broken[:3]) or 'none'}. The weights are untouched; the last checkpoint is good"
+        )
+
+    def _report(self, bar: ProgressBar, metrics: dict[str, float]) -> None:
+        rate = self.config.batch_size / metrics["step_s"]
+        bar.advance(f"loss {metrics['loss']:.4g}  {rate:.1f} samples/s  waiting {metrics['data_wait_s']:.2f} s/step")
+        if self.fabric.is_global_zero and (self.step % self.config.log_every == 0 or self.step == self.total):
+            curves = {f"train/{name}": value for name, value in metrics.items() if name != "stop"}
+            epoch = self.step * self.config.batch_size / len(self.dataset)  # type: ignore[arg-type]
+            self.tracker.log_metrics(curves | {"train/samples_per_s": rate, "epoch": epoch}, self.step)
+
+    def _batches(self) -> StepBatches:
+        return StepBatches(
+            len(self.dataset),  # type: ignore[arg-type]
+            self.config.batch_size,
+            self.config.epochs,
+            self.seed,
+            first=self.step,
+            rank=self.fabric.global_rank,
+            world=self.fabric.world_size,
+            accumulate=self.config.accumulate,
+        )
+
+    def _loader(self) -> DataLoader[Any]:
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = self.config.workers if self.config.workers is not None else max(1, min(share, 8))
+        return DataLoader(
+            KeyedDataset(self.dataset, self.seed),
+            batch_sampler=self._batches(),
+            collate_fn=self.collate,
+            num_workers=workers,
+            worker_init_fn=start_worker,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        settings = {k: v for k, v in self.config.model_dump().items() if k not in RUNTIME}
+        return settings | {"seed": self.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
+
+    def _save(self) -> None:
+        """Write the state; a matter of rank 0, as the weights are equal on all ranks."""
+        if not self.fabric.is_global_zero:
+            return
+        tensors = _prefixed("model", self.module.state_dict()) | _prefixed("ema", self.ema.state)
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= _prefixed(f"optimizer/{index}", state)
+        self.checkpoints.save(
+            self.step,
+            tensors,
+            {
+                "identity": self._identity(),
+                "world_size": self.fabric.world_size,
+                "threads": torch.get_num_threads(),
+                "scaler": self.fabric.strategy.precision.state_dict(),
+                "skipped": self.skipped,
+            },
+        )
+
+    def _resume(self) -> None:
+        """Continue from the newest whole checkpoint; rank 0 says which."""
+        newest = None
+        if self.fabric.is_global_zero:
+            self.checkpoints.prepare()
+            newest = self.checkpoints.latest()
+        step = self.fabric.broadcast(newest.step if newest else None)
+        if step is None:
+            return
+        self._restore(newest or self.checkpoints.load(step))
+        log.info("resuming %s from step %d of %d", self.label, self.step, self.total)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self._check_same_run(saved)
+        self.module.load_state_dict(_subset("model", saved.tensors))
+        self.ema.load(_subset("ema", saved.tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _subset("optimizer", saved.tensors).items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.fabric.strategy.precision.load_state_dict(saved.metadata["scaler"])
+        self.skipped = saved.metadata["skipped"]
+        self.step = saved.step
+
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        path, metadata, world = self.checkpoints.path(saved.step), saved.metadata, self.fabric.world_size
+        if metadata["world_size"] != world:
+            raise CheckpointError(
+                f"checkpoint {path} was made by {metadata['world_size']} processes and this run has {world}: "
+                f"start it with {metadata['world_size']}, or delete {self.scratch} to start anew"
+            )
+        before, now = metadata["identity"], json.loads(json.dumps(self._identity()))
+        changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+        if changed:
+            diff = "; ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
+            raise CheckpointError(
+                f"checkpoint {path} was made with another configuration ({diff}): "
+                f"restore the values, or delete {self.scratch} to start anew"
+            )
+        if metadata["threads"] != torch.get_num_threads():
+            log.warning(
+                "resuming with %d threads what ran with %d: sums may differ in the last bit",
+                torch.get_num_threads(),
+                metadata["threads"],
+            )
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _subset(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+class Trace:
+    """`trace.jsonl`: a line per finished step, cut back to the resumed step, so that it reads as one run."""
+
+    def __init__(self, path: Path, step: int, writes: bool) -> None:
+        self.path, self.step, self.writes = path, step, writes
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> Trace:
+        if self.writes:
+            lines = self.path.read_text().splitlines()[: self.step] if self.path.exists() else []
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines))
+            self.file = self.path.open("a", buffering=1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the line of a step."""
+        if self.file:
+            kept = {k: v for k, v in metrics.items() if k not in ("stop", "step_s", "data_wait_s")}
+            self.file.write(json.dumps({"step": step} | kept) + "\n")
+
+    def flush(self) -> None:
+        """Put the lines on the disk, before a checkpoint says that their steps are done."""
+        if self.file:
+            os.fsync(self.file.fileno())
