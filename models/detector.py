@@ -1,0 +1,134 @@
+"""What every detector offers, and how one is built from a config dict."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from models.targets import TargetEncoder
+
+TAPS = ("pv", "depth", "bev_lift", "bev_view", "bev_prev", "bev_fused", "bev_neck", "head", "boxes", "inst2d", "embed")
+"""The closed vocabulary of taps."""
+
+
+class Batch(Protocol):
+    """The attributes that models read; shapes as in the data room's batch."""
+
+    images: Tensor
+    """[B, T, N, 3, H, W] uint8 RGB; frame 0 is the current keyframe."""
+    intrinsics: Tensor
+    """[B, T, N, 3, 3] camera -> raw pixels."""
+    image_aug: Tensor
+    """[B, T, N, 3, 3] raw pixels -> network pixels."""
+    lidar_SE3_cam: Tensor
+    """[B, T, N, 4, 4] camera -> current LiDAR frame, before augmentation."""
+    bev_aug: Tensor
+    """[B, 4, 4] LiDAR frame -> augmented frame."""
+    has_previous: Tensor
+    """[B] bool."""
+    points: list[Tensor]
+    """Of [P, 5]: x, y, z, intensity, seconds into the past; augmented frame."""
+    boxes: list[Tensor]
+    """Of [M, 9]: x, y, z_bottom, length, width, height, yaw, vx, vy; augmented frame."""
+    labels: list[Tensor]
+    """Of [M] int64."""
+    depth: Tensor
+    """[B, N, h, w] metres, 0 where unknown; training only."""
+
+
+class Prediction(NamedTuple):
+    """Raw outputs of a detector."""
+
+    head: list[dict[str, Tensor]]
+    """Per task: ``heatmap`` logits, ``reg``, ``height``, ``dim``, ``rot``, ``vel``, each [B, channels, H, W]."""
+    taps: dict[str, Tensor]
+    """The taps that were asked for."""
+    depth: Tensor | None = None
+    """[B, N, D, h, w] depth logits of the current frame, of detectors that predict depth."""
+
+
+class Detections(NamedTuple):
+    """Boxes of one sample, best first, in the frame of the batch (the LiDAR frame when it is not augmented)."""
+
+    boxes: Tensor
+    """[K, 9]: x, y, z_bottom, length, width, height, yaw, vx, vy."""
+    scores: Tensor
+    """[K]."""
+    labels: Tensor
+    """[K] int64."""
+
+
+class Detector(nn.Module):
+    """A 3D detector: forward to head maps and taps, loss against boxes, decoding to boxes."""
+
+    tap_channels: dict[str, int]
+    """Channels of the taps of this detector that are dense maps."""
+    targets: TargetEncoder
+    """How boxes become head targets on this detector's grid."""
+
+    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
+        """Head maps of a batch, and the named taps.
+
+        ``boxes`` may be named and is not returned: boxes come from :meth:`decode`.
+        """
+        raise NotImplementedError
+
+    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
+        """Weighted supervised losses by name; their sum is what is minimised."""
+        raise NotImplementedError
+
+    def decode(self, prediction: Prediction) -> list[Detections]:
+        """Boxes of each sample."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialise every part by its own ``init_cfg`` (which may name a checkpoint)."""
+        level = logging.root.manager.disable
+        logging.disable(logging.INFO)  # mmengine reports every parameter
+        try:
+            for child in self.children():
+                if isinstance(child, BaseModule):
+                    child.init_weights()
+        finally:
+            logging.disable(level)
+
+    def select_taps(self, available: Mapping[str, Tensor | None], taps: Collection[str]) -> dict[str, Tensor]:
+        """The asked taps out of those that were computed.
+
+        Raises:
+            ValueError: naming a tap that this detector does not have.
+        """
+        known = {name: value for name, value in available.items() if value is not None}
+        for name in taps:
+            if name not in known and name != "boxes":
+                raise ValueError(f"{type(self).__name__} has no tap '{name}': it has {', '.join([*known, 'boxes'])}")
+        return {name: known[name] for name in taps if name != "boxes"}
+
+
+def head_map(head: list[dict[str, Tensor]]) -> Tensor:
+    """The ``head`` tap: all maps of all tasks in order, [B, sum of channels, H, W]."""
+    return torch.cat([task_map for task in head for task_map in task.values()], dim=1)
+
+
+def build_detector(config: Mapping[str, Any]) -> Detector:
+    """Build a detector from a config dict through mmdet3d's registry, with its weights initialised.
+
+    Raises:
+        ValueError: if ``type`` is missing or not a detector of this project.
+    """
+    import models.camera
+    import models.lidar  # noqa: F401 (registers the detectors)
+
+    name = config.get("type")
+    if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
+        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint or CameraBEVDepth")
+    detector = MODELS.build(copy.deepcopy(dict(config)))
+    detector.init_weights()
+    return detector

@@ -1,0 +1,99 @@
+"""Random batches and small model configs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
+         ["pedestrian", "traffic_cone"]]
+GRID = {"range": 12.8, "cell": 0.8, "z": [-5.0, 3.0]}
+CAMERAS = 3
+IMAGE = (32, 64)
+
+
+def random_boxes(count: int, extent: float = 12.8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes [count, 9], some with unknown velocity, and labels [count]."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(count, 9, generator=generator)
+    low = torch.tensor([-extent, -extent, -2.0, 0.3, 0.3, 0.5, -3.14, -5.0, -5.0])
+    high = torch.tensor([extent, extent, 1.0, 8.0, 3.0, 3.0, 3.14, 5.0, 5.0])
+    boxes = low + draw * (high - low)
+    boxes[::4, 7:] = torch.nan
+    return boxes, torch.randint(0, 10, (count,), generator=generator)
+
+
+def camera_poses() -> Tensor:
+    """[N, 4, 4] of cameras that look along +y, +x, -x, 1.5 m above the ground of a LiDAR at 1.8 m."""
+    forward = torch.tensor([[0.0, 1, 0], [1, 0, 0], [-1, 0, 0]])
+    down = torch.tensor([0.0, 0, -1]).expand(3, 3)
+    right = torch.cross(down, forward, dim=1)
+    poses = torch.eye(4).repeat(CAMERAS, 1, 1)
+    poses[:, :3, :3] = torch.stack([right, down, forward], dim=2)
+    poses[:, :3, 3] = forward * 0.5 - torch.tensor([0.0, 0, 0.3])
+    return poses
+
+
+def random_batch(batch_size: int = 2, frames: int = 1, boxes: int = 12, stride: int = 8, seed: int = 0,
+                 extent: float = 12.8) -> Any:
+    """A batch with every attribute that models read."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = IMAGE
+    focal = torch.tensor([[40.0, 0, width / 2], [0, 40.0, height / 2], [0, 0, 1]])
+    views = (batch_size, frames, CAMERAS)
+    pairs = [random_boxes(boxes, extent, seed + i) for i in range(batch_size)]
+    points = torch.rand(batch_size, 600, 5, generator=generator) * torch.tensor([2 * extent, 2 * extent, 4, 1, 0.5])
+    return SimpleNamespace(
+        tokens=[f"token-{i}" for i in range(batch_size)],
+        images=torch.randint(0, 256, (*views, 3, height, width), dtype=torch.uint8, generator=generator),
+        intrinsics=focal.expand(*views, 3, 3).clone(),
+        image_aug=torch.eye(3).expand(*views, 3, 3).clone(),
+        lidar_SE3_cam=camera_poses().expand(*views, 4, 4).clone(),
+        bev_aug=torch.eye(4).expand(batch_size, 4, 4).clone(),
+        has_previous=torch.ones(batch_size, dtype=torch.bool),
+        points=list(points - torch.tensor([extent, extent, 2.5, 0, 0])),
+        boxes=[pair[0] for pair in pairs],
+        labels=[pair[1] for pair in pairs],
+        depth=torch.rand(batch_size, CAMERAS, height // stride, width // stride, generator=generator) * 20,
+        teacher={},
+    )
+
+
+def second(in_channels: int, strides: list[int]) -> dict[str, Any]:
+    """A small BEV backbone."""
+    return {"type": "SECOND", "in_channels": in_channels, "out_channels": [16, 16], "layer_nums": [1, 1],
+            "layer_strides": strides}
+
+
+def second_fpn(in_channels: list[int], strides: list[float]) -> dict[str, Any]:
+    """A small neck."""
+    return {"type": "SECONDFPN", "in_channels": in_channels, "out_channels": [16, 16], "upsample_strides": strides}
+
+
+def head_config(**changes: Any) -> dict[str, Any]:
+    """A small head."""
+    return {"tasks": TASKS, "share_conv_channel": 16, "separate_head": {"type": "JointTaskHead", "head_conv": 16},
+            "min_radius": 1, "nms_radius": 1.0} | changes
+
+
+def lidar_config(**changes: Any) -> dict[str, Any]:
+    """A small LiDAR detector: pillars of half a cell."""
+    return {"type": "LidarCenterPoint", "grid": GRID,
+            "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
+            "encoder": {"type": "PillarFeatureNet", "feat_channels": [12], "legacy": False},
+            "backbone": second(12, [2, 2]), "neck": second_fpn([16, 16], [1, 2]), "head": head_config()} | changes
+
+
+def camera_config(**changes: Any) -> dict[str, Any]:
+    """A small camera detector with stride 8."""
+    return {"type": "CameraBEVDepth", "grid": GRID, "stride": 8,
+            "image_backbone": {"type": "mmdet.ResNet", "depth": 18, "base_channels": 4, "num_stages": 3,
+                               "strides": [1, 2, 2], "dilations": [1, 1, 1], "out_indices": [1, 2],
+                               "norm_cfg": {"type": "BN"}},
+            "image_neck": second_fpn([8, 16], [1, 2]),
+            "depth_net": {"mid_channels": 16, "context_channels": 12, "blocks": 1}, "depth_bins": [1.0, 21.0, 1.0],
+            "bev_backbone": second(12, [1, 2]), "bev_neck": second_fpn([16, 16], [1, 2]),
+            "head": head_config()} | changes
