@@ -177,8 +177,8 @@ class Index:
             annotations=self._annotations(row),
         )
 
-    def poses(self, row: int) -> Float64:
-        """`global_SE3_lidar` [4, 4] of the keyframe at a row, without reading the rest of its record."""
+    def global_SE3_lidar(self, row: int) -> Float64:
+        """Pose [4, 4] of the LiDAR of the keyframe at a row, without reading the rest of its record."""
         return self._array("global_SE3_lidar", row, -1, 4, 4)[0]
 
     def _cameras(self, row: int) -> Cameras:

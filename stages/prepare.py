@@ -1,0 +1,41 @@
+"""Stage `prepare`: the tables of a nuScenes dataroot -> one Arrow index, every file that it names checked."""
+
+from __future__ import annotations
+
+import logging
+
+from data.blobs import BlobError
+from data.build import Summary, build_index
+from data.tables import TableError
+from pipeline.stage import StageContext, StageError
+
+logger = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> None:
+    """Build the index of the splits in params.yaml and publish it."""
+    data, made = context.params.data, context.scratch / "index"
+    try:
+        summary = build_index(
+            context.root / data.dataroot,
+            data.version,
+            [data.splits.train, data.splits.val],
+            made,
+            skip_broken=data.skip_broken,
+            sweeps=context.params.input.sweeps,
+            radar=context.params.input.radar,
+        )
+    except (TableError, BlobError) as error:
+        raise StageError(str(error)) from error
+    _report(summary)
+    context.publish(made, "outputs/index")
+
+
+def _report(summary: Summary) -> None:
+    """Say what the index holds, and what it had to leave out."""
+    for split, samples in summary.samples.items():
+        logger.info("%s: %d keyframes of %d scenes", split, samples, summary.scenes[split])
+    logger.info("%d boxes of the ten classes", summary.boxes)
+    for split, skipped in summary.skipped.items():
+        for token, reason in skipped.items():
+            logger.warning("left out of %s: sample %s: %s", split, token, reason)
