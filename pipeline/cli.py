@@ -1,0 +1,143 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.environment import prepare
+from pipeline.errors import PipelineError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run the study in dvc.yaml."
+)
+track = typer.Typer(no_args_is_help=True, help="The tracking store (MLflow).")
+app.add_typer(track, name="track")
+
+Targets = Annotated[
+    list[str] | None, typer.Option("--targets", help="A stage (distill@xod-0) or a group (distill); repeat for more.")
+]
+MaxParallel = Annotated[
+    int | None, typer.Option(min=1, help="Stages at once; default: one per GPU, without a GPU two.")
+]
+
+
+def main() -> None:
+    """Entry point: errors that a person can act on are printed without a traceback."""
+    try:
+        app()
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+
+
+@app.command()
+def run(
+    targets: Targets = None,
+    max_parallel: MaxParallel = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and stop.")] = False,
+) -> None:
+    """Bring the study up to date with a Prefect flow over DVC's graph, in parallel where the graph allows."""
+    from pipeline import flow
+
+    root = prepare()
+    plan = flow.make_plan(root, targets or [])
+    if dry_run:
+        print(flow.describe(plan))
+        return
+    _leave(flow.run(plan, root, max_parallel))
+
+
+@app.command()
+def stage(name: str, key: Annotated[str | None, typer.Option(help="Which of a group: lidar, xod-0.")] = None) -> None:
+    """Run one stage here (DVC calls this; `dvc repro --single-item NAME@KEY` also records the result)."""
+    from pipeline.stage import run_stage
+
+    _leave(run_stage(name, key))
+
+
+@app.command()
+def profile(name: Annotated[str | None, typer.Argument(help="A file in profiles/, without .yaml.")] = None) -> None:
+    """Lay a profile over params.yaml; without a name, list the profiles."""
+    from pipeline import profiles
+
+    root = prepare()
+    if name is None:
+        print("\n".join(profiles.available(root)))
+        return
+    profiles.apply_profile(name, root)
+    print(f"params.yaml: profile {name}")
+
+
+@app.command()
+def report() -> None:
+    """Build the report from reports/metrics again."""
+    from pipeline.stage import run_stage
+
+    _leave(run_stage("report", None))
+
+
+@app.command()
+def ui(port: int = 5000) -> None:
+    """Show the runs: MLflow's pages on 127.0.0.1."""
+    prepare()
+    _replace_process(_mlflow("ui", port))
+
+
+@app.command()
+def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
+    """Serve Prefect and MLflow on 127.0.0.1 until Ctrl-C; they end together."""
+    from pipeline.serve import together
+
+    prepare()
+    print(
+        f"export PREFECT_API_URL=http://127.0.0.1:{prefect_port}/api MLFLOW_TRACKING_URI=http://127.0.0.1:{mlflow_port}",
+        flush=True,
+    )
+    prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
+    _leave(together([prefect, _mlflow("server", mlflow_port)]))
+
+
+@track.command("init")
+def track_init() -> None:
+    """Make or migrate the tables of the local sqlite store (once; several processes may ask)."""
+    from pipeline.tracking import init_store
+
+    prepare()
+    if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
+        init_store(uri)
+
+
+@track.command("replay")
+def track_replay() -> None:
+    """Send what could not be sent while the tracking server was away."""
+    from pipeline.tracking import JOURNALS, replay
+
+    sent, waiting = replay(prepare() / JOURNALS)
+    print(f"{sent} runs are on the server whole, {waiting} wait for their parent")
+
+
+def _mlflow(command: str, port: int) -> list[str]:
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    if store.startswith("http"):
+        raise PipelineError(f"MLFLOW_TRACKING_URI is {store}: its pages are there")
+    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
+    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts.as_uri(), "--host", "127.0.0.1"]
+    return [sys.executable, "-m", "mlflow", command, *options, "--port", str(port)]
+
+
+def _replace_process(command: list[str]) -> NoReturn:
+    os.execv(command[0], command)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with `code`, even when a thread still waits for a tracking server that does not answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name == "tracking" for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)

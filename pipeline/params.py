@@ -1,0 +1,358 @@
+"""The schema of params.yaml: read and checked whole, before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import PipelineError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Size = tuple[Count, Count]
+Range = tuple[float, float]
+
+
+class ParamsError(PipelineError):
+    """params.yaml breaks its schema; the message has one line per problem."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitParams(Section):
+    """The devkit's names of the two splits."""
+
+    train: str
+    val: str
+
+
+class DataParams(Section):
+    """Where the nuScenes dataroot is, and what of it is used."""
+
+    worlds: list[str]
+    dataroot: str
+    version: Literal["v1.0-mini", "v1.0-trainval", "v1.0-test"]
+    splits: SplitParams
+    skip_broken: int = Field(0, ge=0)
+
+    @property
+    def generated(self) -> bool:
+        """Whether the dataroot is a synthetic city that `generate` makes."""
+        return self.dataroot in {f"outputs/{world}" for world in self.worlds}
+
+
+class CityParams(Section):
+    """Size of the synthetic city; data.city checks the values in more depth."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    seed: int
+    train_scenes: int = Field(ge=0)
+    val_scenes: int = Field(ge=0)
+    train_keyframes: Count
+    val_keyframes: Count
+    image: Size
+    sweeps: Count
+    azimuths: Count
+
+
+class ImageParams(Section):
+    """Network image size (height, width) and the image augmentation of training."""
+
+    size: Size
+    resize: tuple[Positive, Positive]
+    rotate: float = Field(ge=0.0, lt=180.0)
+    flip: Fraction
+
+
+class BevParams(Section):
+    """Augmentation of the scene in bird's-eye view."""
+
+    flip_x: Fraction
+    flip_y: Fraction
+    rotate: float = Field(ge=0.0, le=180.0)
+    scale: tuple[Positive, Positive]
+
+
+class InputParams(Section):
+    """What one sample holds."""
+
+    frames: Literal[1, 2]
+    sweeps: Count
+    radar: bool
+    image: ImageParams
+    bev: BevParams
+    depth_stride: Count
+
+    @model_validator(mode="after")
+    def _size_is_multiple_of_stride(self) -> Self:
+        if any(side % self.depth_stride for side in self.image.size):
+            raise ValueError(
+                f"image.size {list(self.image.size)} must be multiples of depth_stride {self.depth_stride}"
+            )
+        for name, (low, high) in {"image.resize": self.image.resize, "bev.scale": self.bev.scale}.items():
+            if low > high:
+                raise ValueError(f"{name} [{low}, {high}] must be [smallest, largest]")
+        return self
+
+
+class GridParams(Section):
+    """Square BEV grid: +- range, cell and z limits in metres."""
+
+    range: Positive
+    cell: Positive
+    z: Range
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> Self:
+        cells = 2.0 * self.range / self.cell
+        if abs(cells - round(cells)) > 1e-6:
+            raise ValueError(
+                f"range {self.range} and cell {self.cell} give {cells:g} cells per side: a whole number is needed"
+            )
+        if self.z[0] >= self.z[1]:
+            raise ValueError(f"z {list(self.z)} must be [lowest, highest]")
+        return self
+
+
+class TrainConfig(Section):
+    """Settings of one training run."""
+
+    epochs: Count
+    batch_size: Count  # samples per step over all processes
+    lr: Positive
+    weight_decay: float = Field(0.01, ge=0.0)
+    warmup: float = Field(0.3, ge=0.0, lt=1.0)  # fraction of the steps over which the rate rises
+    grad_clip: float = Field(0.0, ge=0.0)  # largest gradient norm; 0 = no clipping
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0)  # 0 = off
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
+    checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
+    log_every: Count = 10  # steps
+    workers: int | None = Field(None, ge=0)  # loader processes; none given = one per core, at most 8
+
+
+class TeacherParams(Section):
+    """A teacher: its model, its training, and the taps that `extract` keeps."""
+
+    model: dict[str, Any]
+    train: TrainConfig
+    taps: dict[str, Literal["cached-exact", "cached-warp", "online"]]
+    score_threshold: Fraction
+
+
+class StudentParams(Section):
+    """A student: its model and its training."""
+
+    model: dict[str, Any]
+    train: TrainConfig
+
+
+class VariantParams(Section):
+    """One arm of the ablation: a student, its distillation terms, and what it overrides of the student's settings."""
+
+    student: str
+    terms: dict[str, dict[str, Any]]
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class StoreParams(Section):
+    """The teacher-output store."""
+
+    dtype: Literal["float16", "float32"]
+    shard_samples: Count
+
+
+class StudyParams(Section):
+    """What one report compares."""
+
+    teachers: list[str]
+    variants: list[str]
+    seeds: list[int]
+
+
+class EvaluateParams(Section):
+    """The official evaluation."""
+
+    split: Literal["train", "val"]
+    batch_size: Count
+    pictures: int = Field(ge=0)
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    profile: str
+    seed: int
+    data: DataParams
+    city: CityParams
+    input: InputParams
+    grid: GridParams
+    teachers: dict[str, TeacherParams]
+    students: dict[str, StudentParams]
+    store: StoreParams
+    terms: dict[str, dict[str, Any]]
+    variants: dict[str, VariantParams]
+    study: StudyParams
+    evaluate: EvaluateParams
+
+    def student(self, variant: str) -> StudentParams:
+        """The student of a variant, with the variant's overrides laid over it."""
+        chosen = self.variants[variant]
+        base = self.students[chosen.student]
+        overrides = {"model": chosen.model, "train": chosen.train}
+        return StudentParams.model_validate(merge(base.model_dump(), overrides))
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        problems = [*self._unknown_names(), *self._bad_variants()]
+        if self.data.generated and self.input.sweeps > self.city.sweeps:
+            problems.append(
+                f"input.sweeps: {self.input.sweeps} is more than city.sweeps {self.city.sweeps}: "
+                f"{self.data.dataroot} has no more sweeps per keyframe"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _unknown_names(self) -> Iterable[str]:
+        checks: list[tuple[str, list[str], Mapping[str, Any]]] = [
+            ("study.teachers", self.study.teachers, self.teachers),
+            ("study.variants", self.study.variants, self.variants),
+        ]
+        checks += [(f"variants.{name}.student", [v.student], self.students) for name, v in self.variants.items()]
+        for where, names, known in checks:
+            for name in names:
+                if name not in known:
+                    yield f"{where}: {name!r} is unknown{_suggest(name, known)}"
+            for name in sorted({name for name in names if names.count(name) > 1}):
+                yield f"{where}: {name!r} is listed more than once"
+        if len(set(self.study.seeds)) < len(self.study.seeds):
+            yield f"study.seeds: {self.study.seeds} lists a seed more than once"
+
+    def _bad_variants(self) -> Iterable[str]:
+        for name, variant in self.variants.items():
+            for term, config in variant.terms.items():
+                yield from self._bad_teacher_tap(f"variants.{name}.terms.{term}.teacher", config, name)
+            if variant.student in self.students:
+                try:
+                    self.student(name)
+                except ValidationError as error:
+                    yield from (f"variants.{name}.{problem}" for problem in _problems(error, StudentParams))
+
+    def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
+        source = term.get("teacher")
+        if not isinstance(source, str):  # a term without a teacher, or one that models.distill will refuse
+            return
+        teacher, _, tap = source.partition(".")
+        if teacher not in self.teachers:
+            yield f"{where}: {source!r} names an unknown teacher{_suggest(teacher, self.teachers)}"
+        elif tap not in (taps := self.teachers[teacher].taps):
+            yield f"{where}: {source!r} names a tap that teachers.{teacher}.taps lacks{_suggest(tap, taps)}"
+        elif variant in self.study.variants and teacher not in self.study.teachers:
+            yield f"{where}: {source!r} needs teacher {teacher!r} in study.teachers {self.study.teachers}"
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and check params.yaml. Raises ParamsError with one line per problem: key, value, what is allowed."""
+    path = Path(path)
+    raw = read_yaml(path)
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        lines = "\n".join(f"  {problem}" for problem in _problems(error, Params))
+        raise ParamsError(f"{path} is not valid:\n{lines}") from None
+    profiles = sorted(p.stem for p in (path.parent / "profiles").glob("*.yaml"))
+    if profiles and params.profile not in profiles:
+        raise ParamsError(
+            f"{path} is not valid:\n  profile: {params.profile!r} is unknown{_suggest(params.profile, profiles)}"
+        )
+    return params
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML 1.2 file as DVC does (`1e-3` is a number); duplicate keys are errors."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        loaded = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist") from None
+    except YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ParamsError(f"{path} must be a mapping of sections, not {type(loaded).__name__}")
+    return loaded
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `overlay` laid over it: dicts merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """The key of a student's stage, `<variant>-<seed>`, taken apart."""
+    variant, _, seed = key.rpartition("-")
+    if not variant or not seed.isdigit():
+        raise ParamsError(f"key {key!r} must be <variant>-<seed>, as in baseline-0")
+    return variant, int(seed)
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
+    """One line per problem of a ValidationError."""
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields(model, item["loc"][:-1])
+            yield f"{where}: unknown key{_suggest(str(item['loc'][-1]), known)}"
+        elif item["type"] == "missing":
+            yield f"{where}: missing"
+        elif item["type"] == "value_error":
+            for line in str(item["ctx"]["error"]).splitlines():
+                yield f"{where}: {line}" if where else line
+        else:
+            yield f"{where}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    kind: Any = model
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        elif isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[-1]
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...? allowed: ...` for a name that is not among the known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint}; allowed: {', '.join(known) or 'nothing'}"

@@ -1,0 +1,129 @@
+"""Profiles: `profiles/NAME.yaml` laid over params.yaml in place.
+
+Only the values that the profile sets change; comments, anchors and order stay. A profile mirrors the nesting of
+params.yaml: dicts merge, and every key must exist there. A dict that is tagged `!replace` in the profile replaces the
+whole dict instead.
+A comment beside a changed value starts at column 30, or two spaces behind a longer line, so that laying another profile
+over it and then the first one again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+
+from pipeline.errors import PipelineError
+from pipeline.params import Params, ParamsError, flatten, load_params
+
+COMMENT_COLUMN = 30
+_REPLACE = "!replace"
+_TAG = re.compile(rf"\s*{_REPLACE}[ \t]*")
+_COMMENT = re.compile(r"""((?:[^#"']|"[^"]*"|'[^']*'|(?<!\s)#)*?)[ \t]+(#.*)""")
+
+
+class ProfileError(PipelineError):
+    """A profile does not fit params.yaml."""
+
+
+def available(root: Path) -> list[str]:
+    """Names of the profiles of a project."""
+    return sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+
+
+def apply_profile(name: str, root: Path) -> Params:
+    """Lay profiles/<name>.yaml over params.yaml; returns the checked result. params.yaml is untouched when it fails."""
+    path = root / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        raise ProfileError(f"profile {name!r} is unknown; allowed: {', '.join(available(root)) or 'nothing'}")
+    target = root / "params.yaml"
+    text = f"profile: {name}\n{path.read_text()}"
+    draft = root / "params.yaml.tmp"
+    try:
+        draft.write_text(lay_over(target.read_text(), text, f"profiles/{name}.yaml"))
+        params = load_params(draft)
+        os.replace(draft, target)
+    except ParamsError as error:
+        raise ProfileError(f"profile {name}: {str(error).replace(draft.name, target.name)}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return params
+
+
+def lay_over(base: str, overlay: str, name: str) -> str:
+    """The text of `base` with the values that `overlay` sets. Raises ProfileError, naming the overlay and the key."""
+    try:
+        base_node, overlay_node = YAML().compose(base), YAML().compose(overlay)
+    except YAMLError as error:
+        raise ProfileError(f"{name} is not valid YAML: {error}") from None
+    edits = list(_edits(base_node, overlay_node, "", (base, overlay, name)))
+    result = base
+    for start, end, value in sorted(edits, reverse=True):
+        result = _put(result, start, end, value)
+    _check(result, overlay, name)
+    return result
+
+
+def _edits(
+    base: MappingNode, overlay: MappingNode, where: str, texts: tuple[str, str, str]
+) -> Iterator[tuple[int, int, str]]:
+    """(start, end, new text) of every value that changes, from behind the key's colon to the value's end."""
+    base_text, overlay_text, name = texts
+    known = {key.value: (key, value) for key, value in base.value}
+    for key, value in overlay.value:
+        path = f"{where}{key.value}"
+        if key.value not in known:
+            raise ProfileError(f"{name}: {path} is not in params.yaml; keys there: {', '.join(known)}")
+        old_key, old = known[key.value]
+        both_dicts = isinstance(old, MappingNode) and isinstance(value, MappingNode)
+        if both_dicts and value.tag != _REPLACE:
+            if old.start_mark.index < old_key.start_mark.index:
+                raise ProfileError(
+                    f"{name}: {path} is an alias (*{old.anchor}) in params.yaml: set it where &{old.anchor} is"
+                )
+            yield from _edits(old, value, f"{path}.", texts)
+            continue
+        new = overlay_text[key.end_mark.index + 1 : _end(value, key, overlay_text)]
+        if tag := _TAG.match(new):
+            new = new[tag.end() :] if new[tag.end()] == "\n" else f" {new[tag.end() :]}"
+        if old.anchor and not value.anchor and old.start_mark.index > old_key.start_mark.index:
+            new = re.sub(r"^\s*", rf"\g<0>&{old.anchor} ", new, count=1)
+        yield old_key.end_mark.index + 1, _end(old, old_key, base_text), new
+
+
+def _end(value: Node, key: Node, text: str) -> int:
+    """Index behind the last character of a value (a block's own mark lies behind the comments that follow it)."""
+    if value.start_mark.index < key.start_mark.index:  # an alias: its node is where the anchor is
+        return re.compile(r"\s*\*[\w-]+").match(text, key.end_mark.index + 1).end()  # type: ignore[union-attr]
+    if getattr(value, "flow_style", True) is not False or not value.value:
+        return value.end_mark.index
+    last = value.value[-1]
+    return _end(last[1], last[0], text) if isinstance(value, MappingNode) else _end(last, key, text)
+
+
+def _put(text: str, start: int, end: int, value: str) -> str:
+    """Replace text[start:end], and move the comment behind it to its column."""
+    rest, newline, tail = text[end:].partition("\n")
+    head = text[:start] + value
+    if comment := _COMMENT.fullmatch(rest):
+        line = head.rpartition("\n")[2] + comment[1]
+        rest = comment[1] + " " * (max(COMMENT_COLUMN, len(line) + 2) - len(line)) + comment[2]
+    return head + rest + newline + tail
+
+
+def _check(result: str, overlay: str, name: str) -> None:
+    """The edited text must parse, and hold every value of the overlay."""
+    loader = YAML(typ="safe", pure=True)
+    loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
+    try:
+        wanted, got = flatten(loader.load(overlay)), flatten(YAML(typ="safe", pure=True).load(result))
+    except YAMLError as error:
+        raise ProfileError(f"{name} would make params.yaml unreadable: {error}") from None
+    if wrong := [key for key, value in wanted.items() if got.get(key, ...) != value]:
+        raise ProfileError(
+            f"{name}: {', '.join(wrong)} did not arrive: mirror the nesting and indentation of params.yaml"
+        )

@@ -1,0 +1,328 @@
+"""The stage contract: what surrounds `stages.<name>.run(context)`.
+
+A stage keeps what it can resume from in `.scratch/<stage>-<key>/<fingerprint>/` and publishes its outs by renaming them
+into place at the end. The fingerprint covers the command, the hashes of the dependencies and the parameters, so a stage
+that runs on anything else starts from an empty folder: neither DVC's deletion of outs nor a stale checkpoint can hurt.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import importlib
+import json
+import logging
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING
+
+from pipeline import gpus, graph, launch
+from pipeline.environment import die_with_parent, prepare, sync_file_system
+from pipeline.errors import PipelineError
+from pipeline.graph import StageSpec
+from pipeline.params import Params, load_params, split_key
+from pipeline.tracking import PARENT, MlflowTracker, NullTracker, Tracker, git_tags, run_link
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = Path(".scratch")
+LOGS = Path("logs")
+PUBLISHED = "published.json"
+GRACE_SECONDS = 120.0  # from SIGTERM to the end of a stage that is saving
+
+
+class StageError(PipelineError):
+    """A stage cannot run, or broke its contract."""
+
+
+class Stop:
+    """Set by SIGTERM and Ctrl-C: a stage that polls it saves and ends within GRACE_SECONDS; any other is ended at once.
+
+    Ending, here, is SystemExit with the code launch.PREEMPTED.
+    """
+
+    def __init__(self) -> None:
+        self._set = self._polled = False
+
+    def is_set(self) -> bool:
+        """Whether to save and raise Preempted now."""
+        self._polled = True
+        return self._set
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGTERM and SIGINT."""
+        if self._set and number != signal.SIGINT:  # the parent's death repeats the signal; a second Ctrl-C is meant
+            return
+        first, self._set = not self._set, True
+        if not self._polled or not first:
+            raise SystemExit(launch.PREEMPTED)
+        timer = threading.Timer(GRACE_SECONDS, os._exit, (launch.PREEMPTED,))
+        timer.daemon = True
+        timer.start()
+
+
+@dataclass
+class StageContext:
+    """What a stage is given."""
+
+    name: str  # distill
+    key: str | None  # baseline-0
+    params: Params  # all of params.yaml; a stage reads only what dvc.yaml lists for it
+    spec: StageSpec
+    root: Path
+    scratch: Path  # resumable state; empty unless the stage was interrupted with the same fingerprint
+    tracker: Tracker
+    stop: Stop
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        import torch
+
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+
+    def publish(self, made: Path, out: str | Path) -> None:
+        """Rename what was made (a file or a whole folder) to one of the stage's outs; ranks other than 0 return."""
+        if str(out) not in self.spec.outs:
+            raise StageError(
+                f"{self.spec.address} publishes {str(out)!r}; dvc.yaml allows: {', '.join(self.spec.outs)}"
+            )
+        if self.rank == 0:
+            publish(made, self.root / out)
+
+
+def publish(made: Path, target: Path) -> None:
+    """Put a finished file or folder in place: on the disk before it is visible; what was there is replaced."""
+    if not made.exists():
+        raise StageError(f"{made} cannot be published as {target}: it does not exist")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if made.stat().st_dev != target.parent.stat().st_dev:  # outputs/ on another disk: a rename must not cross
+        near = target.with_name(f".{target.name}.publishing")
+        _remove(near)
+        shutil.copytree(made, near) if made.is_dir() else shutil.copyfile(made, near)
+        made = near
+    _flush(made)
+    if target.is_dir() or made.is_dir():  # a rename replaces a file, but not a folder
+        _remove(target)
+    os.replace(made, target)
+    _flush(target.parent)
+
+
+def run_stage(name: str, key: str | None) -> int:
+    """Run a stage of dvc.yaml; returns the exit code: 0, 1 (failed) or launch.PREEMPTED."""
+    die_with_parent()
+    root = prepare()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    _log_to(root / log_file(name, key), rank)
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.handle)
+    tracker: MlflowTracker | None = None
+    try:
+        with ExitStack() as stack:
+            params, spec = load_params(root / "params.yaml"), graph.resolve(graph.address(name, key), root)
+            if "RANK" not in os.environ:
+                leased = stack.enter_context(gpus.lease(int(spec.meta.get("gpus", 0)), logger.info))
+                if (count := launch.processes(spec.meta, len(leased))) > 1:
+                    return _in_processes(count, name, key)
+            folder = root / SCRATCH / _label(name, key)
+            scratch = folder / spec.fingerprint[:16]
+            scratch.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                stack.enter_context(_alone(folder / "lock", spec.address))
+                tracker = _start_tracker(root, params, spec, scratch)
+            module = _module(name)
+            seed = _seed(params, key)
+            context = StageContext(
+                name, key, params, spec, root, scratch, tracker or NullTracker(), stop, seed, rank, world_size
+            )
+            _seed_all(seed)
+            _run(module, context)
+            if rank == 0:
+                _finish(context)
+        return _end(tracker, "FINISHED", 0)
+    except SystemExit as ending:
+        if ending.code == launch.PREEMPTED:
+            logger.warning("%s was stopped; it resumes with: %s", graph.address(name, key), rerun_command(name, key))
+            return _end(tracker, "KILLED", launch.PREEMPTED)
+        logger.error("%s ended with exit code %s", graph.address(name, key), ending.code)
+    except PipelineError as error:
+        logger.error("%s", error)
+    except BaseException:
+        logger.exception("%s failed", graph.address(name, key))
+    code = _end(tracker, "FAILED", 1)
+    if rank == 0:
+        _explain(name, key, run_link(tracker.run_id) if tracker else None)
+    return code
+
+
+def rerun_command(name: str, key: str | None) -> str:
+    """What a person types to run the stage again."""
+    return f"dvc repro --single-item {shlex.quote(graph.address(name, key))}"
+
+
+def log_file(name: str, key: str | None) -> Path:
+    """Where a stage logs, relative to the root."""
+    return LOGS / f"{_label(name, key)}.log"
+
+
+def published_since(root: Path, spec: StageSpec, moment: float) -> bool:
+    """Whether the stage ended after `moment` (time.time()) with this fingerprint and all its outs in place."""
+    mark = root / SCRATCH / _label(spec.name, spec.key) / spec.fingerprint[:16] / PUBLISHED
+    return mark.exists() and mark.stat().st_mtime >= moment and all((root / out).exists() for out in spec.outs)
+
+
+def _run(module: ModuleType, context: StageContext) -> None:
+    started = time.monotonic()
+    logger.info("%s starts, fingerprint %s", context.spec.address, context.spec.fingerprint[:16])
+    module.run(context)
+    logger.info("%s took %.1f s", context.spec.address, time.monotonic() - started)
+
+
+def _finish(context: StageContext) -> None:
+    """Check that everything was published, and drop what older fingerprints left."""
+    missing = [out for out in context.spec.outs if not (context.root / out).exists()]
+    if missing:
+        raise StageError(f"{context.spec.address} ended without publishing {', '.join(missing)}")
+    (context.scratch / PUBLISHED).write_text(json.dumps(list(context.spec.outs)))
+    for folder in context.scratch.parent.iterdir():
+        if folder.is_dir() and folder != context.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_tracker(root: Path, params: Params, spec: StageSpec, scratch: Path) -> MlflowTracker:
+    """The stage's run; a stage that resumes goes on with the run it was interrupted in."""
+    memory = scratch / "run.json"
+    resume = (
+        json.loads(memory.read_text())["journal"] if memory.exists() and not (scratch / PUBLISHED).exists() else None
+    )
+    tags = {"dvc.stage": spec.address, "dvc.fingerprint": spec.fingerprint, "key": spec.key, "profile": params.profile}
+    if spec.key and spec.key.rpartition("-")[0] in params.variants:
+        tags["variant"], tags["seed"] = spec.key.rpartition("-")[0], spec.key.rpartition("-")[2]
+    tracker = MlflowTracker(spec.address, root, tags | git_tags(root), os.environ.get(PARENT), resume)
+    memory.write_text(json.dumps({"journal": tracker.id}))
+    (scratch / PUBLISHED).unlink(missing_ok=True)
+    tracker.log_params(spec.params)
+    return tracker
+
+
+def _end(tracker: MlflowTracker | None, state: str, code: int) -> int:
+    """Close the run, undisturbed and for a bounded time."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if tracker is not None:
+        tracker.close(state, 5.0 if state == "KILLED" else 20.0)
+    return code
+
+
+def _in_processes(count: int, name: str, key: str | None) -> int:
+    """Run the stage in several processes of this host."""
+    code = launch.torchrun(["pipeline", "stage", name, *(["--key", key] if key else [])], count)
+    if code not in (0, launch.PREEMPTED):
+        _explain(name, key, None)
+        return 1
+    return code
+
+
+def _explain(name: str, key: str | None, link: str | None) -> None:
+    """The last words of a failed stage."""
+    rows = {
+        "failed": graph.address(name, key),
+        "log": log_file(name, key),
+        "mlflow": link,
+        "rerun": rerun_command(name, key),
+    }
+    print("\n".join(f"{title:>7}: {value}" for title, value in rows.items() if value), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _alone(path: Path, address: str) -> Iterator[None]:
+    """Hold the stage's lock file: two processes must not write one scratch folder."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{address} is already running here ({path} is locked): wait for it, or stop it") from None
+        yield
+
+
+def _module(name: str) -> ModuleType:
+    """stages/<name>.py; evaluating a teacher is evaluating."""
+    module = f"stages.{'evaluate' if name == 'evaluate_teacher' else name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, "stages"):
+            raise
+        raise StageError(
+            f"{module.replace('.', '/')}.py does not exist: stage {name!r} of dvc.yaml has no code"
+        ) from None
+
+
+def _seed(params: Params, key: str | None) -> int:
+    """The seed of a student's stage is in its key; every other stage takes `seed`."""
+    if key and key.rpartition("-")[0] in params.variants:
+        return split_key(key)[1]
+    return params.seed
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every generator that the stage's imports brought."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+
+
+def _log_to(path: Path, rank: int) -> None:
+    """Log to the terminal and to the stage's file (rank 0), other ranks to files of their own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path if rank == 0 else path.with_suffix(f".rank{rank}.log")
+    file = logging.FileHandler(path, mode="a")
+    handlers: list[logging.Handler] = [file, *([logging.StreamHandler()] if rank == 0 else [])]
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
+    )
+    faulthandler.enable(path.open("a"), all_threads=False)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file to the disk, or the file system that holds a folder (one call, however many files it has)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        sync_file_system(handle) if path.is_dir() else os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _label(name: str, key: str | None) -> str:
+    return f"{name}-{key}" if key else name
