@@ -1,0 +1,211 @@
+"""The nuScenes detection metrics, computed by the devkit's own DetectionEval.
+
+The devkit's numbers are the official ones. Beside them stands the mean over the classes that the truth has: the devkit
+gives a class without truth an AP of 0 and errors of 1, which says nothing about the model on a small set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nuscenes import NuScenes
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.detection.data_classes import DetectionMetricDataList, DetectionMetrics
+from nuscenes.eval.detection.evaluate import DetectionEval
+from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.utils.splits import get_scenes_of_split
+
+from data.classes import CLASSES
+
+CONFIG: Final = "detection_cvpr_2019"
+MEAN_ERRORS: Final = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
+DIGITS: Final = 6
+
+_FAR_BOX: Final = {
+    "translation": [1.0e6, 1.0e6, 0.0],
+    "size": [1.0, 1.0, 1.0],
+    "rotation": [1.0, 0.0, 0.0, 0.0],
+    "velocity": [0.0, 0.0],
+    "detection_name": "car",
+    "detection_score": 0.0,
+    "attribute_name": "",
+}
+
+
+class MetricsError(Exception):
+    """A submission, split or dataroot that cannot be evaluated; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the devkit computed for one submission.
+
+    `truth` and `predicted` count the boxes per class that the devkit kept: inside the class's range, for the truth
+    also with a LiDAR or RADAR point inside, and bicycles and motorcycles outside bicycle racks.
+    """
+
+    metrics: DetectionMetrics
+    details: DetectionMetricDataList
+    truth: dict[str, int]
+    predicted: dict[str, int]
+    samples: int
+
+
+def open_tables(dataroot: Path, version: str) -> NuScenes:
+    """The devkit's tables of a dataroot. Raises MetricsError where a table is missing or is not JSON."""
+    try:
+        return NuScenes(version=version, dataroot=str(dataroot), verbose=False)
+    except (AssertionError, OSError, json.JSONDecodeError) as error:
+        raise MetricsError(
+            f"the devkit cannot open version {version!r} in {dataroot}: {error}; check data.dataroot and data.version"
+        ) from error
+
+
+def split_tokens(nusc: NuScenes, split: str) -> list[str]:
+    """Tokens of all keyframes of a devkit split, in the order of the sample table.
+
+    Raises MetricsError where the split is unknown or the dataroot has none of its scenes.
+    """
+    try:
+        names = set(get_scenes_of_split(split, nusc))
+    except ValueError as error:
+        raise MetricsError(f"unknown split {split!r}: {error}") from error
+    scenes = {scene["token"] for scene in nusc.scene if scene["name"] in names}
+    tokens = [sample["token"] for sample in nusc.sample if sample["scene_token"] in scenes]
+    if not tokens:
+        raise MetricsError(
+            f"version {nusc.version!r} in {nusc.dataroot} has no keyframe of split {split!r}: "
+            "check data.version and data.splits (v1.0-mini goes with mini_train and mini_val)"
+        )
+    return tokens
+
+
+def evaluate_submission(nusc: NuScenes, submission: Path, split: str) -> Evaluation:
+    """Score a submission file on a split with the devkit (detection_cvpr_2019).
+
+    A submission without a single box scores 0: the devkit itself cannot read one, so it is given a box far out of
+    every class's range, which its distance filter removes.
+
+    Raises:
+        MetricsError: tokens that do not fit the split, a split without truth, or the devkit's own refusal (more
+            than 500 boxes in a sample, NaN in a field, a split of another version).
+    """
+    content = json.loads(submission.read_text())
+    tokens = split_tokens(nusc, split)
+    _check_tokens(content["results"], tokens, split)
+    _check_truth(nusc, tokens, split)
+    if not any(content["results"].values()):
+        content["results"][tokens[0]] = [{"sample_token": tokens[0], **_FAR_BOX}]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results_nusc.json"
+        path.write_text(json.dumps(content))
+        return _run_devkit(nusc, path, split)
+
+
+def _run_devkit(nusc: NuScenes, path: Path, split: str) -> Evaluation:
+    config = config_factory(CONFIG)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the devkit's progress bar cannot be turned off
+            devkit = DetectionEval(nusc, config, str(path), split, output_dir=str(path.parent), verbose=False)
+    except (AssertionError, ValueError) as error:
+        raise MetricsError(f"the devkit refuses the submission for split {split!r}: {error}") from error
+    metrics, details = devkit.evaluate()
+    return Evaluation(
+        metrics, details, _count(devkit.gt_boxes.all), _count(devkit.pred_boxes.all), len(devkit.sample_tokens)
+    )
+
+
+def _check_tokens(results: dict[str, Any], tokens: list[str], split: str) -> None:
+    missing, foreign = sorted(set(tokens) - set(results)), sorted(set(results) - set(tokens))
+    if missing or foreign:
+        example = f"first missing {missing[0]}" if missing else f"first foreign {foreign[0]}"
+        raise MetricsError(
+            f"the submission does not fit split {split!r} of {len(tokens)} keyframes: {len(missing)} missing, "
+            f"{len(foreign)} of other splits; {example}. Every keyframe needs an entry, an empty list where nothing was found"
+        )
+
+
+def _check_truth(nusc: NuScenes, tokens: list[str], split: str) -> None:
+    annotations = (token for sample in tokens for token in nusc.get("sample", sample)["anns"])
+    categories = (nusc.get("sample_annotation", token)["category_name"] for token in annotations)
+    if not any(category_to_detection_name(name) for name in categories):
+        raise MetricsError(f"split {split!r} has no annotated box of a detection class: there is nothing to score against")
+
+
+def _count(boxes: Iterable[Any]) -> dict[str, int]:
+    counts = Counter(box.detection_name for box in boxes)
+    return {name: counts[name] for name in CLASSES}
+
+
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """The metrics as plain numbers, rounded to six digits; None where a metric is not defined.
+
+    Keys: mAP, NDS, mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy), as the devkit averages them;
+    the same with `_present`, over the classes that have truth; `classes`: name -> AP, AP at each distance, the five
+    errors, numbers of truth and predicted boxes; `samples`; `boxes`: their totals.
+    """
+    metrics = evaluation.metrics
+    present = [name for name in CLASSES if evaluation.truth[name]]
+    aps = metrics.mean_dist_aps
+    errors = {name: _mean(metrics.get_label_tp(c, key) for c in present) for name, key in MEAN_ERRORS.items()}
+    return {
+        "mAP": _number(metrics.mean_ap),
+        "NDS": _number(metrics.nd_score),
+        **{name: _number(metrics.tp_errors[key]) for name, key in MEAN_ERRORS.items()},
+        "mAP_present": _mean(aps[name] for name in present),
+        **{f"{name}_present": value for name, value in errors.items()},
+        "samples": evaluation.samples,
+        "boxes": {"truth": sum(evaluation.truth.values()), "predicted": sum(evaluation.predicted.values())},
+        "classes": {name: _class_summary(evaluation, name) for name in CLASSES},
+    }
+
+
+def _class_summary(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    metrics = evaluation.metrics
+    return {
+        "AP": _number(metrics.mean_dist_aps[name]),
+        **{f"AP@{distance}": _number(metrics.get_label_ap(name, distance)) for distance in metrics.cfg.dist_ths},
+        **{error[1:]: _number(metrics.get_label_tp(name, key)) for error, key in MEAN_ERRORS.items()},
+        "truth": evaluation.truth[name],
+        "predicted": evaluation.predicted[name],
+    }
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), DIGITS) if math.isfinite(value) else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = [float(value) for value in values if math.isfinite(value)]
+    return _number(sum(known) / len(known)) if known else None
+
+
+def write_devkit_files(evaluation: Evaluation, folder: Path) -> None:
+    """The devkit's metrics_summary.json (without its run time, so that equal results are equal bytes) and
+    metrics_details.json (recall, precision, confidence and errors per class and distance; NaN as null).
+    """
+    content = evaluation.metrics.serialize()
+    del content["eval_time"]
+    _write(folder / "metrics_summary.json", content, indent=2)
+    _write(folder / "metrics_details.json", evaluation.details.serialize(), indent=None)
+
+
+def _write(path: Path, content: Any, indent: int | None) -> None:
+    path.write_text(json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,307 @@
+"""Pictures of keyframes: six cameras and bird's-eye view with boxes, and precision-recall curves.
+
+Panels are RGB arrays [H, W, 3] of uint8, drawn with matplotlib's Agg canvas, so the same input gives the same bytes.
+A class has one colour everywhere; the truth of a predictions' panel is dashed and grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.boxes import box_corners
+from data.classes import CLASSES
+
+Array = NDArray[np.float64]
+Picture = NDArray[np.uint8]
+
+COLOURS: Final[dict[str, str]] = {
+    "car": "#4ea3ff",
+    "truck": "#ff9a3c",
+    "construction_vehicle": "#d8b26e",
+    "bus": "#ffe14d",
+    "trailer": "#a98bff",
+    "barrier": "#ff5d5d",
+    "motorcycle": "#ff7ac2",
+    "bicycle": "#2fd6c3",
+    "pedestrian": "#6fe36f",
+    "traffic_cone": "#c8f04a",
+}
+CAMERA_GRID: Final = (
+    ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT"),
+    ("CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"),
+)
+NEAR: Final = 0.1  # metres before the image plane: what is nearer is cut off
+BEV_RANGE: Final = 51.2
+
+_BACKGROUND: Final = "#10151c"
+_INK: Final = "#e8ecf1"
+_SOFT: Final = "#8d99a6"
+_GRID: Final = "#27303b"
+_DPI: Final = 100
+_CELL: Final = 480  # pixels, width of one camera
+_BEV: Final = 600
+_GAP: Final = 4
+_STRIP: Final = 30  # pixels, height of the title strip
+
+_BOTTOM: Final = ((0, 1), (1, 2), (2, 3), (3, 0))
+_EDGES: Final = np.array([*_BOTTOM, *((a + 4, b + 4) for a, b in _BOTTOM), *((a, a + 4) for a in range(4))])
+_FRONT: Final = np.array([0, 3, 7, 4])  # corners of the face at +length / 2
+_CASING: Final = (withStroke(linewidth=2.4, foreground=(0, 0, 0, 0.45)),)
+_HEIGHT: Final = LinearSegmentedColormap.from_list("height", ["#33424f", "#5f7b8f", "#9db8c9", "#dfe9ef"])
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes to draw: [K, 9] in the LiDAR frame (data.boxes) and their classes [K]."""
+
+    boxes: Array
+    labels: NDArray[np.int64]
+
+    def colours(self) -> list[str]:
+        """One colour per box."""
+        return [COLOURS[CLASSES[label]] for label in self.labels]
+
+    def above(self, scores: Array, threshold: float) -> Boxes:
+        """The boxes whose score is at least the threshold."""
+        keep = scores >= threshold
+        return Boxes(self.boxes[keep], self.labels[keep])
+
+
+@dataclass(frozen=True)
+class View:
+    """A keyframe as it is drawn."""
+
+    token: str
+    caption: str
+    images: Mapping[str, Picture]  # camera name -> [H, W, 3] RGB
+    camera_SE3_lidar: Mapping[str, Array]  # camera name -> [4, 4]
+    intrinsics: Mapping[str, Array]  # camera name -> [3, 3], raw pixels
+    points: Array  # [P, >= 3] LiDAR frame, metres
+    truth: Boxes
+
+
+def draw_cameras(view: View, shown: Boxes, title: str) -> Picture:
+    """The six cameras in two rows with the boxes projected into them, under a strip with the title and a legend."""
+    height, width = view.images[CAMERA_GRID[0][0]].shape[:2]
+    cell = round(_CELL * height / width)
+    size = (3 * _CELL + 2 * _GAP, _STRIP + 2 * cell + _GAP)
+    figure = _figure(size)
+    _strip(figure, size, title, shown)
+    for row, names in enumerate(CAMERA_GRID):
+        for column, name in enumerate(names):
+            corner = (column * (_CELL + _GAP), _STRIP + row * (cell + _GAP))
+            _camera(_axes(figure, size, corner, (_CELL, cell)), view, name, shown)
+    return _render(figure)
+
+
+def _camera(axes: Axes, view: View, name: str, shown: Boxes) -> None:
+    image = view.images[name]
+    height, width = image.shape[:2]
+    small = Image.fromarray(image).resize((_CELL, round(_CELL * height / width)), Image.Resampling.LANCZOS)
+    frame = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axes.imshow(np.asarray(small), extent=frame, interpolation="nearest", aspect="auto")
+    segments, faces, owner, facing = project_boxes(shown.boxes, view.camera_SE3_lidar[name], view.intrinsics[name])
+    colours = np.array(shown.colours(), dtype=object)
+    axes.add_collection(PolyCollection(faces, facecolors=list(colours[facing]), alpha=0.22, linewidths=0))
+    lines = LineCollection(segments, colors=list(colours[owner]), linewidths=1.1, capstyle="round")
+    lines.set_path_effects(list(_CASING))
+    axes.add_collection(lines)
+    axes.set(xlim=frame[:2], ylim=frame[2:])
+    label = name.removeprefix("CAM_").replace("_", " ").lower()
+    text = axes.text(0.012, 0.965, label, transform=axes.transAxes, color="white", fontsize=8, va="top")
+    text.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.6))])
+
+
+def project_boxes(
+    boxes: Array, camera_SE3_lidar: Array, intrinsics: Array
+) -> tuple[Array, Array, NDArray[np.int64], NDArray[np.int64]]:
+    """Edges of boxes [K, 9] in one camera, cut at NEAR metres before the image plane.
+
+    Returns:
+        Segments [S, 2, 2] in pixels, front faces [F, 4, 2] of the boxes that lie wholly before the camera, and the
+        box that each segment [S] and each face [F] belongs to. Far boxes come first, so near ones are drawn over them.
+    """
+    corners = box_corners(boxes) @ camera_SE3_lidar[:3, :3].T + camera_SE3_lidar[:3, 3]
+    order = np.argsort(-corners[..., 2].mean(axis=1), kind="stable")
+    edges = corners[order][:, _EDGES]  # [K, 12, 2, 3]
+    owner = np.repeat(order, len(_EDGES))
+    edges = edges.reshape(-1, 2, 3)
+    depth = edges[..., 2]
+    seen = (depth > NEAR).any(axis=1)
+    segments = _pinhole(_cut(edges[seen]), intrinsics)
+    facing = order[(corners[order][..., 2] > NEAR).all(axis=1)]
+    return segments, _pinhole(corners[facing][:, _FRONT], intrinsics), owner[seen], facing
+
+
+def _cut(edges: Array) -> Array:
+    """Segments [S, 2, 3] of the camera frame with the part behind the near plane taken off."""
+    start, end = edges[:, 0], edges[:, 1]
+    rise = end[:, 2] - start[:, 2]
+    part = (NEAR - start[:, 2]) / np.where(rise == 0, 1.0, rise)
+    crossing = start + part[:, None] * (end - start)
+    behind = edges[..., 2] <= NEAR
+    return np.where(behind[..., None], crossing[:, None], edges)
+
+
+def _pinhole(points: Array, intrinsics: Array) -> Array:
+    homogeneous = points @ intrinsics.T
+    return homogeneous[..., :2] / homogeneous[..., 2:]
+
+
+def draw_bev(view: View, shown: Boxes, title: str, beneath: Boxes | None = None) -> Picture:
+    """Bird's-eye view of +-51.2 m, forward up, with the LiDAR points; `beneath` is drawn dashed and grey."""
+    size = (_BEV, _BEV + _STRIP)
+    figure = _figure(size)
+    figure.text(8 / size[0], 1 - _STRIP / 2 / size[1], title, color=_INK, fontsize=9.5, va="center")
+    axes = _axes(figure, size, (0, _STRIP), (_BEV, _BEV))
+    axes.set(xlim=(-BEV_RANGE, BEV_RANGE), ylim=(-BEV_RANGE, BEV_RANGE), facecolor=_BACKGROUND)
+    _rings(axes)
+    points = view.points
+    axes.scatter(points[:, 0], points[:, 1], c=points[:, 2], cmap=_HEIGHT, vmin=-2, vmax=3, s=0.55, linewidths=0)
+    if beneath is not None:
+        _footprints(axes, beneath, ["#b8c2cc"] * len(beneath.boxes), (0, (3, 2)), 0.0)
+    _footprints(axes, shown, shown.colours(), "solid", 0.25)
+    axes.add_collection(PolyCollection([_EGO], facecolors=_INK, edgecolors=_BACKGROUND, linewidths=0.8, zorder=5))
+    return _render(figure)
+
+
+_EGO: Final = np.array([(0.0, 2.6), (1.3, -2.0), (0.0, -1.1), (-1.3, -2.0)])
+
+
+def _rings(axes: Axes) -> None:
+    turn = np.linspace(0, 2 * np.pi, 181)
+    for radius in (10, 20, 30, 40, 50):
+        axes.plot(radius * np.cos(turn), radius * np.sin(turn), color=_GRID, linewidth=0.8, zorder=0)
+        if radius % 20 == 0:
+            axes.text(0.6, radius + 0.4, f"{radius} m", color=_SOFT, fontsize=7, zorder=0)
+
+
+def _footprints(axes: Axes, shown: Boxes, colours: Sequence[str], style: str | tuple, fill: float) -> None:
+    """Outlines seen from above, with a tick from the centre through the front."""
+    corners = box_corners(shown.boxes)[:, :4, :2]
+    centre, front = corners.mean(axis=1), corners[:, [0, 3]].mean(axis=1)
+    ticks = np.stack([(centre + front) / 2, front], axis=1)
+    if fill:
+        axes.add_collection(PolyCollection(corners, facecolors=colours, alpha=fill, linewidths=0, zorder=2))
+    width = 1.3 if fill else 1.0
+    outline = PolyCollection(corners, facecolors="none", edgecolors=colours, linewidths=width, linestyles=[style], zorder=3)
+    axes.add_collection(outline)
+    axes.add_collection(LineCollection(ticks, colors=colours, linewidths=width, zorder=3))
+
+
+def compose(rows: Sequence[Sequence[Picture]], caption: str) -> Picture:
+    """Panels side by side in rows, each row centred, with a caption below."""
+    blocks = [_beside(row) for row in rows]
+    width = max(block.shape[1] for block in blocks)
+    parts = [part for block in blocks for part in (_widen(block, width), _blank(2 * _GAP, width))]
+    return np.concatenate([*parts, _caption(caption, width)])
+
+
+def _beside(row: Sequence[Picture]) -> Picture:
+    height = max(panel.shape[0] for panel in row)
+    filled = [np.concatenate([panel, _blank(height - panel.shape[0], panel.shape[1])]) for panel in row]
+    parts = [part for panel in filled for part in (panel, _blank(height, 4 * _GAP))]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def _widen(block: Picture, width: int) -> Picture:
+    left = (width - block.shape[1]) // 2
+    height = block.shape[0]
+    return np.concatenate([_blank(height, left), block, _blank(height, width - block.shape[1] - left)], axis=1)
+
+
+def _blank(height: int, width: int) -> Picture:
+    colour = [int(_BACKGROUND[index : index + 2], 16) for index in (1, 3, 5)]
+    return np.full((height, width, 3), colour, dtype=np.uint8)
+
+
+def _caption(text: str, width: int) -> Picture:
+    figure = _figure((width, _STRIP))
+    figure.text(8 / width, 0.5, text, color=_SOFT, fontsize=9, va="center")
+    return _render(figure)
+
+
+def draw_curves(
+    curves: Mapping[str, Mapping[float, tuple[Array, Array]]], average: Mapping[str, float | None], title: str
+) -> Figure:
+    """Precision over recall, one plot per class, one line per match distance.
+
+    Args:
+        curves: class -> match distance in metres -> recall [R], precision [R].
+        average: class -> average precision.
+        title: of the whole figure.
+    """
+    figure = Figure(figsize=(12, 5.2), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    shades = ["#9ec5ff", "#5e9df5", "#2a68c8", "#12397c"]
+    for axes, (name, lines) in zip(figure.subplots(2, 5, sharex=True, sharey=True).flat, curves.items(), strict=True):
+        for shade, (distance, (recall, precision)) in zip(shades, sorted(lines.items()), strict=False):
+            reached = precision > 0
+            axes.plot(recall[reached], precision[reached], color=shade, linewidth=1.5, label=f"{distance:g} m")
+        ap = average[name]
+        axes.set_title(f"{name.replace('_', ' ')}   AP {'–' if ap is None else f'{ap:.3f}'}", fontsize=9.5)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(color="#e3e6ea", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.supxlabel("recall", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False, fontsize=8.5)
+    return figure
+
+
+def save(picture: Picture, path: Path) -> None:
+    """Write a panel as PNG, without anything that changes from run to run."""
+    Image.fromarray(picture).save(path, "PNG", optimize=True)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without matplotlib's version in it."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _figure(size: tuple[int, int]) -> Figure:
+    return Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
+
+
+def _axes(figure: Figure, size: tuple[int, int], corner: tuple[int, int], extent: tuple[int, int]) -> Axes:
+    """Axes over a rectangle given in pixels from the top left corner."""
+    left, top = corner
+    width, height = extent
+    box = (left / size[0], 1 - (top + height) / size[1], width / size[0], height / size[1])
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    return axes
+
+
+def _strip(figure: Figure, size: tuple[int, int], title: str, shown: Boxes) -> None:
+    middle = 1 - _STRIP / 2 / size[1]
+    figure.text(8 / size[0], middle, title, color=_INK, fontsize=9.5, va="center")
+    names = [CLASSES[label] for label in np.unique(shown.labels)]
+    handles = [Line2D([], [], color=COLOURS[name], linewidth=2.2, label=name.replace("_", " ")) for name in names]
+    legend = figure.legend(
+        handles=handles, loc="center right", bbox_to_anchor=(1.0, middle), ncols=10, frameon=False, fontsize=8.5,
+        handlelength=1.1, handletextpad=0.5, columnspacing=1.3, borderaxespad=0.4, labelcolor=_SOFT,
+    )  # fmt: skip
+    legend.set_zorder(1)
+
+
+def _render(figure: Figure) -> Picture:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

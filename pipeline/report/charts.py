@@ -1,0 +1,206 @@
+"""Numbers to marks: bar tracks, heat map cells, precision-recall paths, the DAG's layout. Pure geometry, no colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.report.results import Arm, Study
+from pipeline.report.tables import DASH, difference, number
+
+PR_SIZE = (200, 132)  # width, height of one plot in SVG user units
+CURVE_DISTANCE = "2.0"  # metres; the devkit's threshold for true-positive errors
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart; positions are percentages of the track's length."""
+
+    arm: Arm
+    value: str
+    gain: str
+    length: float
+    low: float | None
+    high: float | None
+    seeds: list[float]
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """A metric over all arms, with round ticks (label, position in percent)."""
+
+    metric: str
+    bars: list[Bar]
+    ticks: list[tuple[str, float]]
+
+
+def bar_chart(study: Study, metric: str) -> BarChart:
+    """Mean as a bar, its interval as a whisker, every seed as a point, on an axis that starts at zero."""
+    known = [value for arm in study.arms for value in arm.values(metric).values() if value is not None]
+    highs = [interval.high for arm in study.arms if (interval := arm.mean(metric))]
+    ticks = round_ticks(max([*known, *highs, 1e-3]))
+    scale = 100.0 / ticks[-1]
+    return BarChart(metric, [_bar(study, arm, metric, scale) for arm in study.arms], _labels(ticks, scale))
+
+
+def _labels(ticks: Sequence[float], scale: float) -> list[tuple[str, float]]:
+    digits = max(0, -math.floor(math.log10(ticks[1])) + 1)
+    return [(f"{tick:.{digits}f}".rstrip("0").rstrip(".") or "0", tick * scale) for tick in ticks]
+
+
+def _bar(study: Study, arm: Arm, metric: str, scale: float) -> Bar:
+    mean = arm.mean(metric)
+    gain = study.gain(arm, metric)
+    whisker = mean is not None and mean.half is not None
+    return Bar(
+        arm,
+        number(mean),
+        difference(gain) if gain else "",
+        mean.mean * scale if mean else 0.0,
+        max(0.0, mean.low * scale) if mean and whisker else None,
+        mean.high * scale if mean and whisker else None,
+        [value * scale for value in arm.values(metric).values() if value is not None],
+    )
+
+
+def round_ticks(top: float, count: int = 5) -> list[float]:
+    """Ticks 0, step, 2 step, ... that reach `top`, the step being 1, 2 or 5 times a power of ten."""
+    rough = top / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the heat map: text, a tooltip, and a strength in [0, 1]."""
+
+    text: str
+    title: str
+    strength: float
+
+
+def heat_map(study: Study) -> list[tuple[Arm, list[Cell]]]:
+    """Average precision per arm and class; strength is relative to the best of the class's column."""
+    columns = [[arm.class_mean(name, "AP") for arm in study.arms] for name in study.classes]
+    best = [max([interval.mean for interval in column if interval] + [0.0]) for column in columns]
+    rows = []
+    for index, arm in enumerate(study.arms):
+        cells = []
+        for name, column, top in zip(study.classes, columns, best, strict=True):
+            interval = column[index]
+            strength = interval.mean / top if interval and top > 0 else 0.0
+            text = DASH if interval is None or name in study.absent else f"{interval.mean:.3f}"
+            cells.append(Cell(text, f"{arm.name}, {name}: AP {number(interval)}", strength))
+        rows.append((arm, cells))
+    return rows
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Precision-recall plot of one class: the SVG path of every arm that has one."""
+
+    class_name: str
+    truth: int
+    paths: list[tuple[Arm, str]]
+
+
+def curves(study: Study, details: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> list[Curves]:
+    """Precision over recall at a match distance of 2 m, one plot per class that has truth.
+
+    Args:
+        study: the arms; each is drawn from its first seed.
+        details: run name -> the devkit's metric details, `<class>:<distance>` -> recall, precision, ...
+    """
+    plots = []
+    for name in study.classes:
+        if name in study.absent:
+            continue
+        data = [(arm, details[arm.first_key].get(f"{name}:{CURVE_DISTANCE}")) for arm in study.arms]
+        paths = [(arm, curve_path(curve["recall"], curve["precision"])) for arm, curve in data if curve]
+        plots.append(Curves(name, study.baseline.first["classes"][name]["truth"], paths))
+    return plots
+
+
+def curve_path(recall: Sequence[float], precision: Sequence[float]) -> str:
+    """SVG path in a unit plot of PR_SIZE; it ends where the precision falls to 0, the highest recall reached."""
+    width, height = PR_SIZE
+    last = max((index for index, value in enumerate(precision) if value > 0), default=-1)
+    points = zip(recall[: last + 1], precision[: last + 1], strict=True)
+    text = " ".join(f"{x * width:.1f},{(1 - y) * height:.1f}" for x, y in points)
+    return f"M{text}" if text else ""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage of the DAG: its name, how many instances it has, and the centre of its box in SVG user units."""
+
+    name: str
+    count: int
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The DAG laid out from left to right; `links` are the SVG paths of its edges."""
+
+    nodes: list[Node]
+    links: list[str]
+    width: float
+    height: float
+
+
+NODE = (118.0, 46.0)  # width, height of a stage's box
+PITCH = (156.0, 74.0)  # from one column, one row to the next
+
+
+def graph(stages: Mapping[str, int], edges: Sequence[tuple[str, str]]) -> Graph:
+    """Lay out a DAG of stages: column = longest path from a source, rows centred.
+
+    Args:
+        stages: name -> number of instances, in the order of the file.
+        edges: (from, to) pairs of names.
+    """
+    direct = reduced(edges)
+    depth = _depths(stages, direct)
+    columns: dict[int, list[str]] = {}
+    for name in stages:
+        columns.setdefault(depth[name], []).append(name)
+    height = PITCH[1] * max(len(names) for names in columns.values())
+    centre = {
+        name: (NODE[0] / 2 + 2 + PITCH[0] * column, height / 2 + PITCH[1] * (row - (len(names) - 1) / 2))
+        for column, names in columns.items()
+        for row, name in enumerate(names)
+    }
+    nodes = [Node(name, count, *centre[name]) for name, count in stages.items()]
+    links = [_link(centre[a], centre[b]) for a, b in direct]
+    return Graph(nodes, links, PITCH[0] * max(columns) + NODE[0] + 4, height)
+
+
+def _depths(stages: Mapping[str, int], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    depth = dict.fromkeys(stages, 0)
+    for _ in stages:
+        for source, target in edges:
+            depth[target] = max(depth[target], depth[source] + 1)
+    return depth
+
+
+def reduced(edges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The edges without those that a longer path implies (transitive reduction of a DAG)."""
+    after: dict[str, set[str]] = {}
+    for source, target in edges:
+        after.setdefault(source, set()).add(target)
+
+    def reachable(name: str) -> set[str]:
+        return after.get(name, set()).union(*(reachable(other) for other in after.get(name, ())))
+
+    unique = list(dict.fromkeys(edges))
+    return [(a, b) for a, b in unique if not any(b in reachable(other) for other in after[a] if other != b)]
+
+
+def _link(start: tuple[float, float], end: tuple[float, float]) -> str:
+    x0, x1 = start[0] + NODE[0] / 2, end[0] - NODE[0] / 2 - 5
+    middle = x1 - (PITCH[0] - NODE[0]) / 2
+    return f"M{x0:.0f},{start[1]:.0f} H{middle - 12:.0f} Q{middle:.0f},{start[1]:.0f} {middle:.0f},{(start[1] + end[1]) / 2:.0f} Q{middle:.0f},{end[1]:.0f} {x1:.0f},{end[1]:.0f}"

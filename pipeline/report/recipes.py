@@ -1,0 +1,95 @@
+"""Variants and profiles in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_TERM_KEYS = ("student", "teacher", "mask", "adapter", "distance", "weight")
+
+PROFILES = {
+    "smoke": "Checks that every stage runs. Nothing has been trained long enough for a number to mean anything.",
+    "demo": (
+        "Shows the whole DAG on a small synthetic city within minutes on two cores. It can show that the LiDAR teacher "
+        "is ahead of the camera baseline. It cannot prove that one variant is better than another: the students see "
+        "the data a few times and stop far from convergence."
+    ),
+    "bench-cpu": (
+        "The synthetic city at a size where a gain of about 0.03 mAP can be resolved over several seeds. "
+        "Gains here are gains on this city; they do not carry over to nuScenes by themselves."
+    ),
+    "bench-gpu": (
+        "The synthetic city at full size with a pretrained backbone: the profile that settles gains on this city. "
+        "They do not carry over to nuScenes by themselves."
+    ),
+    "nuscenes": "Real nuScenes: these numbers can be compared with published ones of the same split and input size.",
+}
+
+
+def profile_note(profile: str, seeds: int) -> str:
+    """What a profile can show and what it cannot."""
+    known = PROFILES.get("nuscenes" if profile.startswith("nuscenes") else profile)
+    text = known or "A profile of your own: judge the size of its training and validation sets before its numbers."
+    return text if seeds > 1 else f"{text} One seed per variant: differences between seeds are unknown."
+
+
+@dataclass(frozen=True)
+class Term:
+    """One distillation term, each part as text."""
+
+    name: str
+    student: str
+    teacher: str
+    mask: str
+    adapter: str
+    distance: str
+    weight: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A variant: the student it trains, its terms, its overrides."""
+
+    name: str
+    student: str
+    terms: list[Term]
+    overrides: str
+
+
+def recipes(variants: Mapping[str, Mapping[str, Any]]) -> list[Recipe]:
+    """The entries of `variants` in params.yaml as text."""
+    return [
+        Recipe(
+            name,
+            str(entry["student"]),
+            [_term(term, parts) for term, parts in entry.get("terms", {}).items()],
+            _words({key: value for key, value in entry.items() if key not in ("student", "terms")}),
+        )
+        for name, entry in variants.items()
+    ]
+
+
+def _term(name: str, parts: Mapping[str, Any]) -> Term:
+    texts = {key: _words(parts.get(key, "")) for key in _TERM_KEYS}
+    return Term(name=name, rest=_words({k: v for k, v in parts.items() if k not in _TERM_KEYS}), **texts)
+
+
+def _words(value: Any) -> str:
+    """`{kind: balanced}` -> `balanced`; `{kind: top, k: 5}` -> `top (k 5)`; nested keys joined by dots."""
+    if not isinstance(value, Mapping):
+        return "" if value is None else str(value)
+    flat = _flat(value)
+    kind = flat.pop("kind", None)
+    rest = ", ".join(f"{key} {item}" for key, item in flat.items() if item is not None)
+    if kind is None:
+        return rest
+    return f"{kind} ({rest})" if rest else str(kind)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item})
+    return flat

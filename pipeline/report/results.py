@@ -1,0 +1,140 @@
+"""What the evaluation stages published, grouped into the arms of a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.report.statistics import Interval, mean_interval, paired_difference
+
+ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
+HEADLINES = ("mAP", "NDS", *ERRORS)
+UNITS = {"mATE": "m", "mASE": "1 - IoU", "mAOE": "rad", "mAVE": "m/s", "mAAE": "1 - accuracy"}
+REQUIRED = ("kind", *HEADLINES, "mAP_present", "classes", "samples", "boxes", "split", "parameters")
+
+
+class ReportError(PipelineError):
+    """Something that the report needs is missing or unreadable; the message says what to run."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table: a teacher, or a variant with one run per seed."""
+
+    name: str
+    kind: str  # "teacher" or "student"
+    runs: dict[int, dict[str, Any]]  # seed -> the published metrics
+    keys: dict[int, str]  # seed -> name of the run's folder in outputs/predictions
+
+    def values(self, metric: str) -> dict[int, float | None]:
+        """One of the headline metrics, per seed."""
+        return {seed: run[metric] for seed, run in self.runs.items()}
+
+    def class_values(self, class_name: str, metric: str) -> dict[int, float | None]:
+        """A metric of one class ("AP", "ATE", ...), per seed."""
+        return {seed: run["classes"][class_name][metric] for seed, run in self.runs.items()}
+
+    def mean(self, metric: str) -> Interval | None:
+        """Mean of a headline metric over the seeds."""
+        return mean_interval(list(self.values(metric).values()))
+
+    def class_mean(self, class_name: str, metric: str) -> Interval | None:
+        """Mean of a class's metric over the seeds."""
+        return mean_interval(list(self.class_values(class_name, metric).values()))
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The metrics of the first seed: whatever does not depend on the seed is read here."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def first_key(self) -> str:
+        """The folder of the first seed's predictions; its pictures stand for the arm."""
+        return next(iter(self.keys.values()))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Teachers and variants that belong in one table. The first variant is the baseline."""
+
+    teachers: list[Arm]
+    variants: list[Arm]
+    seeds: list[int]
+
+    @property
+    def baseline(self) -> Arm:
+        """The variant that the others are compared with: the first of the study."""
+        return self.variants[0]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Teachers first, then the variants in the order of the study."""
+        return [*self.teachers, *self.variants]
+
+    @property
+    def classes(self) -> list[str]:
+        """The detection classes, in the order of the metrics files."""
+        return list(self.arms[0].first["classes"])
+
+    @property
+    def absent(self) -> list[str]:
+        """Classes without one box of truth: their AP is 0 by the devkit's definition."""
+        classes = self.arms[0].first["classes"]
+        return [name for name in classes if classes[name]["truth"] == 0]
+
+    def gain(self, arm: Arm, metric: str) -> Interval | None:
+        """Difference to the baseline, paired by seed; None for the baseline itself and for teachers."""
+        if arm.kind == "teacher" or arm.name == self.baseline.name:
+            return None
+        return paired_difference(arm.values(metric), self.baseline.values(metric))
+
+
+def _read(folder: Path, key: str, stage: str) -> dict[str, Any]:
+    path = folder / f"{key}.json"
+    target = f"run `dvc repro {stage}@{key}`"
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ReportError(f"{path} is missing: {target}, or take {key!r} out of `study` in params.yaml") from None
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} is not JSON ({error}): {target}") from None
+    if missing := [name for name in REQUIRED if name not in metrics]:
+        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version; {target}")
+    return metrics
+
+
+def load_study(folder: Path, teachers: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -> Study:
+    """Read `<teacher>.json` and `<variant>-<seed>.json` of a study from a folder.
+
+    Files of other studies in the folder are left alone. Raises ReportError naming the file and the command
+    that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree about the samples.
+    """
+    if not variants or not seeds:
+        raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
+    study = Study(
+        [Arm(name, "teacher", {0: _read(folder, name, "evaluate_teacher")}, {0: name}) for name in teachers],
+        [_variant(folder, name, seeds) for name in variants],
+        list(seeds),
+    )
+    _check_comparable(folder, study)
+    return study
+
+
+def _variant(folder: Path, name: str, seeds: Sequence[int]) -> Arm:
+    keys = {seed: f"{name}-{seed}" for seed in seeds}
+    return Arm(name, "student", {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}, keys)
+
+
+def _check_comparable(folder: Path, study: Study) -> None:
+    """Refuse runs that were evaluated on different truth."""
+    seen: dict[tuple[str, int, int], str] = {}
+    for arm in study.arms:
+        for seed, run in arm.runs.items():
+            seen.setdefault((run["split"], run["samples"], run["boxes"]["truth"]), arm.keys[seed])
+    if len(seen) > 1:
+        which = "; ".join(f"{key}: {s} samples of {split!r}, {b} boxes" for (split, s, b), key in seen.items())
+        raise ReportError(f"{folder} holds runs that were evaluated on different truth ({which}): evaluate them again")

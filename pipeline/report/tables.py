@@ -1,0 +1,102 @@
+"""The comparison table, once as rows, and set as Markdown and as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.report.results import ERRORS, Arm, Study
+from pipeline.report.statistics import Interval
+
+DASH = "–"  # noqa: RUF001
+
+
+def number(interval: Interval | None, digits: int = 3) -> str:
+    """`0.123 ± 0.004`, `0.123` without an interval, a dash without a value."""
+    if interval is None:
+        return DASH
+    text = f"{interval.mean:.{digits}f}"
+    return text if interval.half is None else f"{text} ± {interval.half:.{digits}f}"
+
+
+def difference(interval: Interval | None, digits: int = 3) -> str:
+    """Like `number`, with the sign always shown."""
+    if interval is None:
+        return DASH
+    text = f"{interval.mean:+.{digits}f}"
+    return text if interval.half is None else f"{text} ± {interval.half:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column heads and rows of text; the first column is words, the others are numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+def comparison(study: Study) -> Table:
+    """One row per teacher and per variant: mAP, NDS, differences to the baseline, the five errors."""
+    present = ["mAP present"] if study.absent else []
+    head = ["model", "seeds", "mAP", "Δ mAP", *present, "NDS", "Δ NDS", *ERRORS, "params"]
+    return Table(head, [_row(study, arm) for arm in study.arms])
+
+
+def _row(study: Study, arm: Arm) -> list[str]:
+    name = f"{arm.name} (teacher)" if arm.kind == "teacher" else arm.name
+    present = [number(arm.mean("mAP_present"))] if study.absent else []
+    return [
+        name,
+        str(len(arm.runs)),
+        number(arm.mean("mAP")),
+        difference(study.gain(arm, "mAP")),
+        *present,
+        number(arm.mean("NDS")),
+        difference(study.gain(arm, "NDS")),
+        *(number(arm.mean(error)) for error in ERRORS),
+        f"{arm.first['parameters'] / 1e6:.2f} M",
+    ]
+
+
+def notes(study: Study) -> list[str]:
+    """What a reader must know beside the table."""
+    run = study.baseline.first
+    lines = [
+        f"nuScenes devkit, detection_cvpr_2019, split {run['split']}: {run['samples']} keyframes, "
+        f"{run['boxes']['truth']} boxes of truth."
+    ]
+    if len(study.seeds) == 1:
+        lines.append("One seed, no interval: a difference between two rows is not evidence of a gain.")
+    else:
+        lines.append(
+            f"Mean ± half-width of the 95 % t-interval over {len(study.seeds)} seeds; "
+            f"Δ: difference to {study.baseline.name}, paired by seed."
+        )
+    if study.absent:
+        lines.append(
+            f"Not in the truth: {', '.join(study.absent)}. Their AP counts as 0 and their errors as 1; "
+            "`mAP present` is the mean over the other classes."
+        )
+    return lines
+
+
+def markdown(table: Table, lines: Iterable[str]) -> str:
+    """A GitHub table followed by the notes."""
+    rule = ["---", *["---:"] * (len(table.head) - 1)]
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in (table.head, rule, *table.rows))
+    return body + "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def plain(table: Table, lines: Iterable[str]) -> str:
+    """The table with aligned columns for a terminal, followed by the notes."""
+    cells = [table.head, *table.rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
+    text = [_line(row, widths) for row in cells]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([text[0], rule, *text[1:], "", *lines]) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first = row[0].ljust(widths[0])
+    rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+    return "  ".join([first, *rest])
