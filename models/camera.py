@@ -63,6 +63,8 @@ class CameraBEVDepth(Detector):
     mean: Tensor
     std: Tensor
 
+    sensors = ("images",)
+
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
                  depth_net: dict[str, Any], depth_bins: list[float], bev_backbone: dict[str, Any],
                  bev_neck: dict[str, Any], head: dict[str, Any], frames: int = 1, depth_loss_weight: float = 3.0,

@@ -41,6 +41,8 @@ class LidarCenterPoint(Detector):
     ``bev_neck`` the input of the head; ``head``.
     """
 
+    sensors = ("points",)
+
     def __init__(self, grid: dict[str, Any], voxel: dict[str, Any], encoder: dict[str, Any], backbone: dict[str, Any],
                  neck: dict[str, Any], head: dict[str, Any], middle: dict[str, Any] | None = None) -> None:
         super().__init__()
