@@ -76,6 +76,8 @@ def _point_dots(features: Tensor, grad: Tensor, index: PoolIndex) -> Tensor:
     if index.point_by_pixel.numel() == 0:
         return features.new_zeros(0)
     zeros = features.new_zeros(index.point_by_pixel.numel())
+    # A ray may cross a cell in several bins; torch accepts such repeated entries up to the size of the full matrix.
+    grad = F.pad(grad, (0, 0, 0, max(0, -(-len(zeros) // len(features)) - len(grad))))
     pattern = torch.sparse_csr_tensor(index.pixel_offsets, index.cell_by_pixel, zeros,
                                       size=(len(features), len(grad)), check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, features, grad.t(), beta=0.0).values()

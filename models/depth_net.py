@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
@@ -121,11 +120,10 @@ def depth_loss(logits: Tensor, depth: Tensor, bins: DepthBins, kind: Literal["bc
                          "input.depth_stride must be the stride of the image neck")
     index = bins.index(depth)
     known = (depth > 0) & (index >= 0) & (index < bins.count)
-    rows = logits.movedim(2, -1)[known].float()
-    target = index[known]
-    if kind == "ce":
-        total = F.cross_entropy(rows, target, reduction="sum")
-    else:
-        p = rows.softmax(-1).clamp(1e-6, 1 - 1e-6)
-        total = F.binary_cross_entropy(p, F.one_hot(target, bins.count).to(p.dtype), reduction="sum")
+    log_p = logits.movedim(2, -1)[known].float().log_softmax(-1)
+    target = index[known].unsqueeze(-1)
+    total = -log_p.gather(-1, target).sum()
+    if kind == "bce":
+        log_q = torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
+        total = total - log_q.sum() + log_q.gather(-1, target).sum()
     return total / known.sum().clamp(min=1)

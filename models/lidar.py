@@ -15,6 +15,7 @@ from mmcv.ops import Voxelization
 from mmdet3d.registry import MODELS
 from torch import Tensor
 
+import models.pillars  # noqa: F401 (registers its encoder)
 from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid

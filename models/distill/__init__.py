@@ -1,1 +1,6 @@
-"""Distillation terms and the recipes made of them."""
+"""Distillation: terms, their masks, adapters and distances, and the recipe that joins them."""
+
+from models.distill.recipe import Recipe
+from models.distill.terms import AdapterConfig, MaskConfig, TermConfig
+
+__all__ = ["AdapterConfig", "MaskConfig", "Recipe", "TermConfig"]

@@ -83,7 +83,7 @@ def lidar_config(**changes: Any) -> dict[str, Any]:
     """A small LiDAR detector: pillars of half a cell."""
     return {"type": "LidarCenterPoint", "grid": GRID,
             "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
-            "encoder": {"type": "PillarFeatureNet", "feat_channels": [12], "legacy": False},
+            "encoder": {"type": "PointwisePillarNet", "feat_channels": [12]},
             "backbone": second(12, [2, 2]), "neck": second_fpn([16, 16], [1, 2]), "head": head_config()} | changes
 
 

@@ -1,0 +1,33 @@
+"""Distances between a student's and a teacher's value, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def quality_focal(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal loss for soft targets: squared error of the probability times its cross-entropy; 0 where they agree."""
+    return (logits.sigmoid() - target).square() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def soft_gaussian_focal(logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
+    """CenterNet's focal loss whose positives are the cells of ``peak``, weighted by their soft target.
+
+    Unlike :func:`quality_focal` it pulls peaks towards 1, not towards the teacher's score.
+    """
+    p = logits.sigmoid()
+    positive = -target * (1 - p) ** 2 * F.logsigmoid(logits)
+    negative = -((1 - target) ** 4) * p**2 * F.logsigmoid(-logits)
+    return torch.where(peak, positive, negative)
+
+
+ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda student, teacher: (student - teacher).abs(),
+    "l2": lambda student, teacher: (student - teacher).square(),
+    "sl1": lambda student, teacher: F.smooth_l1_loss(student, teacher, reduction="none"),
+}
+"""Regression distances by name."""

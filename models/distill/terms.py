@@ -1,0 +1,55 @@
+"""What a distillation term is made of: the typed config of an entry of ``terms`` in params.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MaskConfig(Strict):
+    """Where a term looks."""
+
+    kind: str = "none"
+    """For dense maps a name in ``masks.MASKS``; for boxes ``none`` or ``teacher_conf``."""
+    threshold: float = Field(default=0.3, ge=0, le=1)
+    """``teacher_conf``: score above which a teacher's box counts."""
+    clip: float | None = Field(default=None, gt=0)
+    """``gt_gauss``: largest weight of a cell."""
+
+
+class AdapterConfig(Strict):
+    """How a student's map is brought to the teacher's width; trained with the student, never exported."""
+
+    kind: str = "id"
+    """A name in ``adapters.ADAPTERS``."""
+    width: int | None = Field(default=None, gt=0)
+    """Hidden channels of ``decoder``; default the teacher's channels."""
+
+
+class TermConfig(Strict):
+    """One distillation loss."""
+
+    student: str
+    """Tap of the student."""
+    teacher: str
+    """``<teacher>.<tap>``."""
+    mask: MaskConfig = MaskConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    distance: Literal["l1", "l2", "sl1", "gfl", "qfl"]
+    weight: float = Field(ge=0)
+    start: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of training after which the term counts."""
+
+    @model_validator(mode="after")
+    def _teacher_tap(self) -> TermConfig:
+        name, dot, tap = self.teacher.partition(".")
+        if not (name and dot and tap):
+            raise ValueError(f"teacher '{self.teacher}' must be <teacher>.<tap>, such as lidar.boxes")
+        return self

@@ -1,0 +1,52 @@
+"""A pillar encoder that spends nothing on empty slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmdet3d.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class PointwisePillarNet(BaseModule):
+    """PointPillars' feature net over the points that exist.
+
+    mmdet3d's ``PillarFeatureNet`` runs over every slot of every pillar, most of them empty, and counts those in its
+    batch statistics and its maximum. This one takes the same arguments and inputs, and differs in just that.
+
+    Args:
+        in_channels: features of a point; the first three are x, y, z.
+        feat_channels: one number, the output's channels.
+        voxel_size: [x, y, z] of a pillar, metres.
+        point_cloud_range: mmdet3d's six limits, metres.
+        norm_cfg: config of the normalisation.
+    """
+
+    def __init__(self, in_channels: int, feat_channels: list[int], voxel_size: list[float],
+                 point_cloud_range: list[float], norm_cfg: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if len(feat_channels) != 1:
+            raise ValueError(f"PointwisePillarNet feat_channels {feat_channels} must be one number: "
+                             "use PillarFeatureNet for several layers")
+        self.linear = nn.Linear(in_channels + 6, feat_channels[0], bias=False)
+        self.norm = build_norm_layer(norm_cfg or {"type": "BN1d", "eps": 1e-3, "momentum": 0.1}, feat_channels[0])[1]
+        self.register_buffer("size", torch.tensor(voxel_size), persistent=False)
+        self.register_buffer("low", torch.tensor(point_cloud_range[:3]), persistent=False)
+
+    size: Tensor
+    low: Tensor
+
+    def forward(self, voxels: Tensor, counts: Tensor, coordinates: Tensor) -> Tensor:
+        """Features [V, C] of pillars [V, M, in_channels] with counts [V] and coordinates [V, 4] (sample, z, y, x)."""
+        mean = voxels[..., :3].sum(1) / counts[:, None]
+        center = (coordinates[:, [3, 2, 1]] + 0.5) * self.size + self.low
+        exists = torch.arange(voxels.shape[1], device=voxels.device) < counts[:, None]
+        points, pillar = voxels[exists], exists.nonzero()[:, 0]
+        xyz = points[:, :3]
+        decorated = torch.cat([points, xyz - mean[pillar], xyz - center[pillar]], dim=1)
+        features = self.norm(self.linear(decorated)).relu()
+        return torch.segment_reduce(features, "max", lengths=counts.long(), unsafe=True)
