@@ -69,7 +69,7 @@ class Detector(nn.Module):
     """A 3D detector: forward to head maps and taps, loss against boxes, decoding to boxes."""
 
     sensors: tuple[str, ...]
-    """The batch's sensor data that ``forward`` reads, of ``images``, ``points``, ``radar``; nothing else need be loaded."""
+    """The batch's sensor data that ``forward`` reads, of ``images``, ``points``, ``radar``; no other need be loaded."""
     tap_channels: dict[str, int]
     """Channels of the taps of this detector that are dense maps."""
     targets: TargetEncoder

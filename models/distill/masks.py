@@ -55,7 +55,9 @@ def gt_gauss(given: MaskInput) -> Tensor:
     boxes, labels, sample = flatten_boxes(given.batch.boxes, given.batch.labels)
     encoded = given.targets.encode(boxes, labels)
     heat = given.targets.heatmap(encoded, labels, sample, len(given.teacher), torch.ones_like(boxes[:, 0]))
-    weight = heat.sum(1, keepdim=True).clamp(max=given.config.clip)
+    weight = heat.sum(1, keepdim=True)
+    if given.config.clip is not None:
+        weight = weight.clamp(max=given.config.clip)
     return weight**2 * given.valid / given.valid.sum().clamp(min=1)
 
 

@@ -143,25 +143,24 @@ class Recipe(nn.Module):
     def __init__(self, terms: Mapping[str, TermConfig], targets: TargetEncoder, student_channels: Mapping[str, int],
                  teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.terms = nn.ModuleDict()
+        self.terms: dict[str, Term] = {}
         for name, config in terms.items():
             try:
                 self.terms[name] = build_term(config, targets, student_channels, teacher_channels, statistics or {})
             except ValueError as error:
                 raise ValueError(f"term '{name}': {error}") from error
+        # A list, because a ModuleDict refuses names that modules have as attributes ("double", "type").
+        self.modules_of_terms = nn.ModuleList(self.terms.values())
 
     @property
     def student_taps(self) -> set[str]:
         """Taps that the student's forward must return."""
-        return {term.config.student for term in self._all().values() if isinstance(term, MapTerm)}
+        return {term.config.student for term in self.terms.values() if isinstance(term, MapTerm)}
 
     @property
     def teacher_taps(self) -> set[str]:
         """``<teacher>.<tap>`` that the batch must hold."""
-        return {term.config.teacher for term in self._all().values()}
-
-    def _all(self) -> dict[str, Term]:
-        return {name: term for name, term in self.terms.items() if isinstance(term, Term)}
+        return {term.config.teacher for term in self.terms.values()}
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch,
                 progress: float) -> dict[str, Tensor]:
@@ -183,7 +182,7 @@ class Recipe(nn.Module):
         if missing:
             raise KeyError(f"teacher outputs {', '.join(missing)} are missing: they must be in the teacher's taps")
         losses = {}
-        for name, term in self._all().items():
+        for name, term in self.terms.items():
             weight = term.config.weight if progress >= term.config.start else 0.0
             losses[name] = weight * term(student, teacher, batch)
         return losses
