@@ -27,7 +27,13 @@ from nuscenes.utils.splits import get_scenes_of_split
 from data.classes import CLASSES
 
 CONFIG: Final = "detection_cvpr_2019"
-MEAN_ERRORS: Final = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
+MEAN_ERRORS: Final = {
+    "mATE": "trans_err",
+    "mASE": "scale_err",
+    "mAOE": "orient_err",
+    "mAVE": "vel_err",
+    "mAAE": "attr_err",
+}
 DIGITS: Final = 6
 
 _FAR_BOX: Final = {
@@ -130,7 +136,8 @@ def _check_tokens(results: dict[str, Any], tokens: list[str], split: str) -> Non
         example = f"first missing {missing[0]}" if missing else f"first foreign {foreign[0]}"
         raise MetricsError(
             f"the submission does not fit split {split!r} of {len(tokens)} keyframes: {len(missing)} missing, "
-            f"{len(foreign)} of other splits; {example}. Every keyframe needs an entry, an empty list where nothing was found"
+            f"{len(foreign)} of other splits; {example}. "
+            "Every keyframe needs an entry, an empty list where nothing was found"
         )
 
 
@@ -138,7 +145,9 @@ def _check_truth(nusc: NuScenes, tokens: list[str], split: str) -> None:
     annotations = (token for sample in tokens for token in nusc.get("sample", sample)["anns"])
     categories = (nusc.get("sample_annotation", token)["category_name"] for token in annotations)
     if not any(category_to_detection_name(name) for name in categories):
-        raise MetricsError(f"split {split!r} has no annotated box of a detection class: there is nothing to score against")
+        raise MetricsError(
+            f"split {split!r} has no annotated box of a detection class: there is nothing to score against"
+        )
 
 
 def _count(boxes: Iterable[Any]) -> dict[str, int]:

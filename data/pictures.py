@@ -22,8 +22,12 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.blobs import BlobError
 from data.boxes import box_corners
 from data.classes import CLASSES
+from data.geometry import inverse
+from data.index import CAMERAS, Index
+from data.sensors import read_points
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]
@@ -90,8 +94,36 @@ class View:
     images: Mapping[str, Picture]  # camera name -> [H, W, 3] RGB
     camera_SE3_lidar: Mapping[str, Array]  # camera name -> [4, 4]
     intrinsics: Mapping[str, Array]  # camera name -> [3, 3], raw pixels
-    points: Array  # [P, >= 3] LiDAR frame, metres
+    points: NDArray[np.float32]  # [P, >= 3] LiDAR frame, metres
     truth: Boxes
+
+
+def load_view(index: Index, row: int, dataroot: Path) -> View:
+    """Images, the keyframe's LiDAR sweep and the truth that a point has seen, of a row of the index.
+
+    Raises:
+        BlobError: a file is missing or broken; names file and token.
+    """
+    record = index.sample(row)
+    cameras, annotations = record.cameras, record.annotations
+    images = [_read_image(dataroot / file, record.token) for file in cameras.files]
+    camera_SE3_lidar = inverse(cameras.global_SE3_camera) @ record.global_SE3_lidar
+    return View(
+        record.token,
+        f"{record.scene}, keyframe {record.token}",
+        dict(zip(CAMERAS, images, strict=True)),
+        dict(zip(CAMERAS, camera_SE3_lidar, strict=True)),
+        dict(zip(CAMERAS, cameras.intrinsics, strict=True)),
+        read_points(dataroot / record.lidar.files[0], record.token),
+        Boxes(annotations.boxes[annotations.valid], annotations.labels[annotations.valid]),
+    )
+
+
+def _read_image(path: Path, token: str) -> Picture:
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise BlobError(f"{path} cannot be read: {error} (sample {token}).") from error
 
 
 def draw_cameras(view: View, shown: Boxes, title: str) -> Picture:
@@ -116,8 +148,8 @@ def _camera(axes: Axes, view: View, name: str, shown: Boxes) -> None:
     axes.imshow(np.asarray(small), extent=frame, interpolation="nearest", aspect="auto")
     segments, faces, owner, facing = project_boxes(shown.boxes, view.camera_SE3_lidar[name], view.intrinsics[name])
     colours = np.array(shown.colours(), dtype=object)
-    axes.add_collection(PolyCollection(faces, facecolors=list(colours[facing]), alpha=0.22, linewidths=0))
-    lines = LineCollection(segments, colors=list(colours[owner]), linewidths=1.1, capstyle="round")
+    axes.add_collection(PolyCollection(list(faces), facecolors=list(colours[facing]), alpha=0.22, linewidths=0))
+    lines = LineCollection(list(segments), colors=list(colours[owner]), linewidths=1.1, capstyle="round")
     lines.set_path_effects(list(_CASING))
     axes.add_collection(lines)
     axes.set(xlim=frame[:2], ylim=frame[2:])
@@ -196,11 +228,13 @@ def _footprints(axes: Axes, shown: Boxes, colours: Sequence[str], style: str | t
     centre, front = corners.mean(axis=1), corners[:, [0, 3]].mean(axis=1)
     ticks = np.stack([(centre + front) / 2, front], axis=1)
     if fill:
-        axes.add_collection(PolyCollection(corners, facecolors=colours, alpha=fill, linewidths=0, zorder=2))
+        axes.add_collection(PolyCollection(list(corners), facecolors=colours, alpha=fill, linewidths=0, zorder=2))
     width = 1.3 if fill else 1.0
-    outline = PolyCollection(corners, facecolors="none", edgecolors=colours, linewidths=width, linestyles=[style], zorder=3)
+    outline = PolyCollection(
+        list(corners), facecolors="none", edgecolors=colours, linewidths=width, linestyles=[style], zorder=3
+    )
     axes.add_collection(outline)
-    axes.add_collection(LineCollection(ticks, colors=colours, linewidths=width, zorder=3))
+    axes.add_collection(LineCollection(list(ticks), colors=colours, linewidths=width, zorder=3))
 
 
 def compose(rows: Sequence[Sequence[Picture]], caption: str) -> Picture:
@@ -265,8 +299,9 @@ def draw_curves(
 
 
 def save(picture: Picture, path: Path) -> None:
-    """Write a panel as PNG, without anything that changes from run to run."""
-    Image.fromarray(picture).save(path, "PNG", optimize=True)
+    """Write a panel as PNG, or as JPEG (for photographs) where the name says so; equal panels give equal bytes."""
+    settings = {"optimize": True} if path.suffix == ".png" else {"quality": 90, "subsampling": 0}
+    Image.fromarray(picture).save(path, **settings)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

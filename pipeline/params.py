@@ -189,7 +189,8 @@ class EvaluateParams(Section):
 
     split: Literal["train", "val"]
     batch_size: Count
-    pictures: int = Field(ge=0)
+    pictures: int = Field(ge=0)  # keyframes to draw, spread over the split
+    score_threshold: Fraction  # of the predicted boxes in the pictures
 
 
 class Params(Section):

@@ -61,6 +61,7 @@ def build(
     table, lines = comparison(study), notes(study)
     html = _template().render(
         study=study,
+        best=_best(study),
         table=table,
         notes=lines,
         units=UNITS,
@@ -79,6 +80,12 @@ def build(
         difference=difference,
     )
     return Report(html, markdown(table, lines), plain(table, lines))
+
+
+def _best(study: Study) -> Arm | None:
+    """The variant with the highest mean mAP, the baseline left out."""
+    means = [(mean.mean, arm) for arm in study.variants[1:] if (mean := arm.mean("mAP"))]
+    return max(means, key=lambda pair: pair[0])[1] if means else None
 
 
 def _template() -> Any:

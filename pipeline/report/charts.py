@@ -202,5 +202,5 @@ def reduced(edges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _link(start: tuple[float, float], end: tuple[float, float]) -> str:
     x0, x1 = start[0] + NODE[0] / 2, end[0] - NODE[0] / 2 - 5
-    middle = x1 - (PITCH[0] - NODE[0]) / 2
-    return f"M{x0:.0f},{start[1]:.0f} H{middle - 12:.0f} Q{middle:.0f},{start[1]:.0f} {middle:.0f},{(start[1] + end[1]) / 2:.0f} Q{middle:.0f},{end[1]:.0f} {x1:.0f},{end[1]:.0f}"
+    middle = (x0 + x1) / 2
+    return f"M{x0:.0f},{start[1]:.0f} C{middle:.0f},{start[1]:.0f} {middle:.0f},{end[1]:.0f} {x1:.0f},{end[1]:.0f}"

@@ -55,7 +55,8 @@ def gallery(study: Study, predictions: Path, count: int) -> Gallery:
     by_token = {key: {entry["token"]: entry for entry in manifest["scenes"]} for key, manifest in manifests.items()}
     first = by_token[study.baseline.first_key]
     tokens = [token for token in first if all(token in entries for entries in by_token.values())][:count]
-    scenes = [_scene(study, predictions, {key: entries[token] for key, entries in by_token.items()}) for token in tokens]
+    entries = [{key: known[token] for key, known in by_token.items()} for token in tokens]
+    scenes = [_scene(study, predictions, entry) for entry in entries]
     return Gallery(scenes, manifests[study.baseline.first_key]["threshold"])
 
 

@@ -65,7 +65,7 @@ def recipes(variants: Mapping[str, Mapping[str, Any]]) -> list[Recipe]:
             name,
             str(entry["student"]),
             [_term(term, parts) for term, parts in entry.get("terms", {}).items()],
-            _words({key: value for key, value in entry.items() if key not in ("student", "terms")}),
+            _words({key: value for key, value in entry.items() if key not in ("student", "terms") and value}),
         )
         for name, entry in variants.items()
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.report.results import ERRORS, Arm, Study
 from pipeline.report.statistics import Interval
 
-DASH = "–"  # noqa: RUF001
+DASH = "–"
 
 
 def number(interval: Interval | None, digits: int = 3) -> str:
