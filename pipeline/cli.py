@@ -91,7 +91,7 @@ def ui(port: int = 5000) -> None:
 @app.command()
 def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
     """Serve Prefect and MLflow on 127.0.0.1 until Ctrl-C; they end together."""
-    from pipeline.serve import together
+    from pipeline.processes import together
 
     prepare()
     print(

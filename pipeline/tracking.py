@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 JOURNALS = Path("logs") / "tracking"
 PARENT = "PIPELINE_PARENT_RUN"  # environment: the journal id of the flow's run
+LATER = "PIPELINE_TRACK_LATER"  # environment: set where no server can be reached; only the journal is written
 SEND_SECONDS = 2.0
 SAMPLE_SECONDS = 10.0
 _JOURNAL_TAG = "pipeline.journal"
@@ -103,7 +104,8 @@ class MlflowTracker:
         self._write("resume" if known else "start", name=name, parent=parent, tags=_strings(tags))
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
+        if not os.environ.get(LATER):
+            self._thread.start()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record nested parameters under dotted names, without secrets and absolute paths."""
@@ -148,7 +150,8 @@ class MlflowTracker:
         """End the run (FINISHED, FAILED or KILLED) and send what is left, for so many seconds at most."""
         self._write("end", state=state)
         self._closing.set()
-        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
         with self._write_lock:
             os.close(self._fd)
             self._fd = -1
