@@ -60,6 +60,7 @@ SCHEMAS: Final[dict[str, dict[str, pa.DataType]]] = {
     "attribute": {"token": _TEXT, "name": _TEXT},
     "visibility": {"token": _TEXT, "level": _TEXT},
 }
+_END_OF_RECORD: Final = re.compile(rb"\}\s*,(?=\s*\{\s*\"\w+\"\s*:)")
 _OPTIONAL: Final = {"height", "width", "visibility_token", "camera_intrinsic"}
 
 
@@ -144,14 +145,14 @@ def _read_table(path: Path, fields: dict[str, pa.DataType]) -> pa.Table:
     for name in schema.names:
         if name not in _OPTIONAL and table[name].null_count:
             raise TableError(f"{path}: {table[name].null_count} of {len(table)} records have no {name!r}.")
-    return table.select(schema.names)
+    return table.select(schema.names).combine_chunks()
 
 
 def _one_record_after_another(path: Path) -> bytes:
     """The records of a JSON array without brackets and commas between them, which is what Arrow's reader takes.
 
-    nuScenes records are flat, so a closing brace before a comma ends a record. Were there one inside a text, Arrow
-    would refuse the table.
+    nuScenes records are flat, so a closing brace, a comma and the first key of a record end the one before. A text
+    cannot hold that sequence: JSON escapes the quotes inside it.
     """
     if path.stat().st_size == 0:
         raise TableError(f"{path} is empty: unpack the metadata again.")
@@ -160,4 +161,4 @@ def _one_record_after_another(path: Path) -> bytes:
         if start < 0 or end < start or content[:start].strip() or content[end + 1 :].strip():
             raise TableError(f"{path} is not a whole JSON array, it may be truncated: unpack the metadata again.")
         with memoryview(content) as view:
-            return re.sub(rb"\}\s*,", b"}\n", view[start + 1 : end])
+            return _END_OF_RECORD.sub(b"}\n", view[start + 1 : end])
