@@ -27,3 +27,22 @@ def real_dataroot() -> Path:
     if not REAL.is_dir():
         pytest.skip("the real nuScenes keyframes are absent: ../shared/real/nuscenes")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dataroot of a tiny synthetic city, v1.0-trainval: a training scene of 3 keyframes, two validation scenes of 2."""
+    from data.city import CityConfig, generate
+
+    dataroot = tmp_path_factory.mktemp("city") / "city"
+    config = CityConfig(
+        seed=3,
+        train_scenes=1,
+        val_scenes=2,
+        train_keyframes=3,
+        val_keyframes=2,
+        image=(64, 176),
+        azimuths=540,
+    )
+    generate(config, dataroot, "v1.0-trainval")
+    return dataroot

@@ -1,8 +1,9 @@
-"""A small nuScenes dataroot with everything the real keyframes lack: sweeps, RADARs, tracks, neighbours, tilted poses."""
+"""A small nuScenes dataroot with what the real keyframes lack: sweeps, RADARs, tracks, neighbours, tilted poses."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from pyquaternion import Quaternion
 
+from data.augment import BevConfig, ImageConfig
 from data.build import build_index
 from data.dataset import GridConfig, InputConfig
 from data.index import CAMERAS, LIDAR, RADARS, Index
@@ -32,7 +34,7 @@ ATTRIBUTES = ["vehicle.moving", "vehicle.parked", "pedestrian.moving", "cycle.wi
 ATTRIBUTE_OF = {0: 0, 1: 1, 2: 2, 3: 3, 5: 1}
 RADAR_HEADER = """# .PCD v0.7 - Point Cloud Data file format
 VERSION 0.7
-FIELDS x y z dyn_prop id rcs vx vy vx_comp vy_comp is_quality_valid ambig_state x_rms y_rms invalid_state pdh0 vx_rms vy_rms
+FIELDS {fields}
 SIZE 4 4 4 1 2 4 4 4 4 4 1 1 1 1 1 1 1 1
 TYPE F F F I I F F F F F I I I I I I I I
 COUNT 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1
@@ -162,9 +164,8 @@ class DatarootMaker:
                 returns[name] = self.rng.uniform(-40 if name in "xy" else -2, 40 if name in "xy" else 2, 20)
             returns["dyn_prop"], returns["ambig_state"] = self.rng.integers(0, 8, 20), self.rng.integers(2, 4, 20)
             returns["invalid_state"] = self.rng.integers(0, 4, 20) == 3
-            path.write_bytes(
-                RADAR_HEADER.format(count=20).encode() + returns.tobytes() + b"\n"
-            )  # the devkit wants a byte more
+            header = RADAR_HEADER.format(count=20, fields=" ".join(RADAR_DTYPE.names or ()))
+            path.write_bytes(header.encode() + returns.tobytes() + b"\n")  # the devkit wants a byte more
         else:
             points = self.rng.uniform(-50, 50, (400, 5))
             points[:, 2] *= 0.06
@@ -201,7 +202,7 @@ class DatarootMaker:
 
 
 def link(records: list[dict[str, Any]]) -> None:
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         before["next"], after["prev"] = after["token"], before["token"]
 
 
@@ -241,6 +242,21 @@ def real_devkit(real_dataroot: Path) -> Any:
     return NuScenes(VERSION, str(real_dataroot), verbose=False)
 
 
+@pytest.fixture(scope="session")
+def city_index(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    out = tmp_path_factory.mktemp("index")
+    build_index(city, "v1.0-trainval", ["train", "val"], out, sweeps=3, radar=True)
+    return Index.open(out)
+
+
+@pytest.fixture(scope="session")
+def city_devkit(city: Path) -> Any:
+    """The devkit's own view of the synthetic city."""
+    from nuscenes import NuScenes
+
+    return NuScenes("v1.0-trainval", str(city), verbose=False)
+
+
 @pytest.fixture
 def grid() -> GridConfig:
     return GridConfig(range=51.2, cell=1.6, z=(-5.0, 3.0))
@@ -253,7 +269,7 @@ def config() -> InputConfig:
         frames=2,
         sweeps=3,
         radar=True,
-        image={"size": (64, 128), "resize": (0.9, 1.2), "rotate": 10.0, "flip": 0.5},
-        bev={"flip_x": 0.5, "flip_y": 0.5, "rotate": 30.0, "scale": (0.9, 1.1)},
+        image=ImageConfig(size=(64, 128), resize=(0.9, 1.2), rotate=10.0, flip=0.5),
+        bev=BevConfig(flip_x=0.5, flip_y=0.5, rotate=30.0, scale=(0.9, 1.1)),
         depth_stride=16,
     )

@@ -122,7 +122,7 @@ def test_lidar_boxes_equal_the_devkits_box() -> None:
     )[0]
     box.translate(-pose[:3, 3])
     box.rotate(Quaternion(matrix=pose).inverse)
-    np.testing.assert_allclose(ours[:3] + [0, 0, box.wlh[2] / 2], box.center, atol=1e-9)
+    np.testing.assert_allclose(ours[:3], box.center - np.array([0, 0, box.wlh[2] / 2]), atol=1e-9)
     np.testing.assert_allclose(ours[3:6], box.wlh[[1, 0, 2]])
     np.testing.assert_allclose(ours[6], box.orientation.yaw_pitch_roll[0], atol=1e-9)
     np.testing.assert_allclose(ours[7:], box.velocity[:2], atol=1e-9)

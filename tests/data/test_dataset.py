@@ -83,6 +83,22 @@ def test_projections_equal_the_devkits_on_real_keyframes(
     check_projections(real_index, real_dataroot, real_devkit)
 
 
+def test_projections_equal_the_devkits_in_the_city(city_index: Index, city: Path, city_devkit: Any) -> None:
+    check_projections(city_index, city, city_devkit)
+
+
+def test_a_city_sample_holds_everything(city_index: Index, city: Path, config: InputConfig, grid: GridConfig) -> None:
+    dataset = NuScenesDataset(city_index, city, "train", config, grid, train=True)
+    batch = collate([dataset[0, position, position] for position in range(3)])
+    assert batch.has_previous.tolist() == [False, True, True]
+    for points, radar, boxes in zip(batch.points, batch.radar, batch.boxes, strict=True):
+        assert len(points) > 1000
+        assert len(points[:, 4].unique()) == 3
+        assert len(radar) > 0
+        assert len(boxes) > 0
+    assert (batch.depth > 0).float().mean() > 0.05
+
+
 def test_points_inside_real_boxes_match_the_devkit_and_the_annotated_counts(
     real_index: Index, real_dataroot: Path, real_devkit: Any
 ) -> None:
@@ -239,7 +255,7 @@ def test_samples_depend_on_their_key_and_seed_alone(dataset: NuScenesDataset) ->
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_number_of_workers_changes_nothing(dataset: NuScenesDataset, workers: int) -> None:
-    loader = DataLoader(dataset, sampler=KEYS, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(dataset, sampler=KEYS, batch_size=None, num_workers=workers)
     for sample, key in zip(loader, KEYS, strict=True):
         assert_equal(sample, dataset[key])
 

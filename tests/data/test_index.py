@@ -31,7 +31,8 @@ def converter() -> ModuleType:
     """mmdet3d's own nuScenes converter, which its wheel ships as a tool."""
     path = Path(mmdet3d.__file__).parent / ".mim/tools/dataset_converters/nuscenes_converter.py"
     spec = importlib.util.spec_from_file_location("nuscenes_converter", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -136,6 +137,14 @@ def test_real_boxes_equal_mmdet3ds_conversion(real_index: Index, real_devkit: An
     check_against_mmdet3d(real_index, real_devkit, converter)
 
 
+def test_the_index_says_what_the_devkit_and_mmdet3d_say_of_the_city(
+    city_index: Index, city_devkit: Any, converter: ModuleType
+) -> None:
+    check_against_devkit(city_index, city_devkit, sweeps=3)
+    check_labels(city_index, city_devkit)
+    check_against_mmdet3d(city_index, city_devkit, converter)
+
+
 def test_radars_are_indexed_newest_first_and_only_on_demand(made_index: Index, real_index: Index) -> None:
     radars = made_index.sample(2).radars
     assert len(radars.files) == 5 * 6
@@ -174,7 +183,7 @@ def test_a_worker_maps_the_file_instead_of_receiving_it(made_index: Index) -> No
 
 
 def test_a_foreign_or_broken_index_is_refused(made_index: Index, tmp_path: Path) -> None:
-    with pytest.raises(IndexFormatError, match="no index at .*prepare"):
+    with pytest.raises(IndexFormatError, match=r"no index at .*prepare"):
         Index.open(tmp_path / "absent")
     broken = tmp_path / FILE
     broken.write_bytes(made_index.path.read_bytes()[:5000])
@@ -260,5 +269,5 @@ def test_a_keyframe_without_a_camera_is_broken(copy: Path, made_index: Index, tm
 
 
 def test_real_keyframes_have_no_radar(real_dataroot: Path, tmp_path: Path) -> None:
-    with pytest.raises(BlobError, match="(?s)2 samples .*no RADAR_FRONT record"):
+    with pytest.raises(BlobError, match=r"(?s)2 samples .*no RADAR_FRONT record"):
         build_index(real_dataroot, *MINI, tmp_path, radar=True)

@@ -60,6 +60,10 @@ def test_ground_truth_scores_perfectly(made_index: Index, devkit: Any, tmp_path:
         check_truth(made_index, devkit, split, tmp_path, angle=1e-6)
 
 
+def test_ground_truth_of_the_city_scores_perfectly(city_index: Index, city_devkit: Any, tmp_path: Path) -> None:
+    check_truth(city_index, city_devkit, "val", tmp_path, angle=1e-6)
+
+
 def test_real_ground_truth_scores_perfectly(real_index: Index, real_devkit: Any, tmp_path: Path) -> None:
     # The real keyframes were published with boxes upright in the LiDAR frame; nuScenes has them upright in the global
     # frame, which is what a submission assumes. The tilt of 2 degrees makes the angle differ in the second order.
