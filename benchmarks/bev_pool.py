@@ -22,7 +22,7 @@ REPEATS = 5
 
 
 class CumsumTrick(torch.autograd.Function):
-    """Philion and Fidler, ECCV 2020, section 3.1: prefix sums over the points sorted by cell, subtracted at the ends."""
+    """Philion and Fidler, ECCV 2020, section 3.1: prefix sums over points sorted by cell, subtracted at the ends."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
