@@ -1,0 +1,240 @@
+"""The evaluation stage on the real keyframes: the devkit as the oracle, ground truth, faults, equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nuscenes import NuScenes
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.detection.evaluate import DetectionEval
+
+from data.build import build_index
+from data.dataset import NuScenesDataset
+from data.metrics import MetricsError, evaluate_submission, open_tables, split_tokens, summary, write_devkit_files
+from data.submission import SampleDetections, build_submission, write_submission
+from models.detector import build_detector
+from pipeline.graph import StageSpec
+from pipeline.params import Params, merge, read_yaml
+from pipeline.stage import StageContext, StageError, Stop
+from pipeline.tracking import NullTracker
+from stages import evaluate
+from stages.weights import load_detector, save_detector
+from tests.models.factory import camera_config, lidar_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SPLITS = ("mini_train", "mini_val")
+
+
+@pytest.fixture(scope="module")
+def params(real_dataroot: Path) -> Params:
+    """params.yaml of the project on the real keyframes; one picture."""
+    overlay = {
+        "data": {
+            "worlds": [],
+            "dataroot": str(real_dataroot),
+            "version": "v1.0-mini",
+            "splits": dict(zip(("train", "val"), SPLITS, strict=True)),
+        },
+        "input": {"sweeps": 1, "image": {"size": [32, 64]}},
+        "evaluate": {"pictures": 1, "batch_size": 1},
+    }
+    return Params.model_validate(merge(read_yaml(ROOT / "params.yaml"), overlay))
+
+
+@pytest.fixture(scope="module")
+def project(real_dataroot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with an index, an untrained teacher and an untrained student of a variant with hyphens in its name."""
+    root = tmp_path_factory.mktemp("project")
+    build_index(real_dataroot, "v1.0-mini", SPLITS, root / "outputs/index")
+    torch.manual_seed(0)
+    for folder, config in {"teachers/lidar": lidar_config(), "students/two-words-3": camera_config()}.items():
+        save_detector(root / "outputs" / folder, config, build_detector(config).state_dict())
+    return root
+
+
+@pytest.fixture(scope="module")
+def nusc(real_dataroot: Path) -> NuScenes:
+    return open_tables(real_dataroot, "v1.0-mini")
+
+
+def dataset_of(project: Path, params: Params, split: str, modalities: set[str]) -> NuScenesDataset:
+    like = load_detector(project / "outputs/teachers/lidar")
+    like.sensors = tuple(modalities)
+    return evaluate.make_dataset(project, params, split, like)
+
+
+def context_of(project: Path, params: Params, name: str, key: str) -> StageContext:
+    outs = (f"outputs/predictions/{key}", f"reports/metrics/{key}.json")
+    spec = StageSpec(name, key, "", {}, {}, outs)
+    scratch = project / ".scratch" / f"{name}-{key}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return StageContext(name, key, params, spec, project, scratch, NullTracker(), Stop(), 0)
+
+
+def truth_as_detections(dataset: NuScenesDataset, noise: float = 0.0) -> dict[str, SampleDetections]:
+    """What the data loader calls the truth, moved by noise, with made-up boxes among it when there is noise."""
+    rng = np.random.default_rng(0)
+    detections = {}
+    for sample in (dataset[i] for i in range(len(dataset))):
+        boxes, labels = sample.boxes.numpy().astype(np.float64), sample.labels.numpy()
+        if noise:
+            boxes, labels = np.repeat(boxes, 3, axis=0), np.repeat(labels, 3)
+            boxes[:, :2] += rng.normal(0, noise, boxes[:, :2].shape)
+            boxes[:, 3:6] *= np.exp(rng.normal(0, 0.2, (len(boxes), 3)))
+            boxes[:, 6] += rng.normal(0, 0.5, len(boxes))
+        boxes[:, 7:9] = np.nan_to_num(boxes[:, 7:9]) + rng.normal(0, noise, boxes[:, 7:9].shape)
+        scores = rng.uniform(0.05, 1.0, len(boxes))
+        detections[sample.token] = SampleDetections(boxes, scores, labels)
+    return detections
+
+
+def submit(project: Path, params: Params, split: str, path: Path, noise: float = 0.0) -> Path:
+    dataset = dataset_of(project, params, split, {"boxes"})
+    write_submission(build_submission(truth_as_detections(dataset, noise), dataset.index, split, {"camera"}), path)
+    return path
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_truth_scores_one_and_has_no_error(
+    project: Path, params: Params, nusc: NuScenes, split: str, tmp_path: Path
+) -> None:
+    scores = summary(evaluate_submission(nusc, submit(project, params, split, tmp_path / "truth.json"), split))
+    assert scores["mAP_present"] == pytest.approx(1.0, abs=1e-9)
+    assert [scores[f"{name}_present"] for name in ("mATE", "mASE")] == pytest.approx([0, 0], abs=1e-5)
+    assert scores["mAOE_present"] == pytest.approx(0, abs=1e-3)  # boxes of these keyframes lean by up to 2.2 degrees
+    present = [values["truth"] > 0 for values in scores["classes"].values()]
+    assert scores["mAP"] == pytest.approx(sum(present) / 10, abs=1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_number_is_the_devkits(project: Path, params: Params, nusc: NuScenes, split: str, tmp_path: Path) -> None:
+    submission = submit(project, params, split, tmp_path / "noisy.json", noise=1.0)
+    evaluation = evaluate_submission(nusc, submission, split)
+    scores = summary(evaluation)
+    config = config_factory("detection_cvpr_2019")
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        devkit = DetectionEval(nusc, config, str(submission), split, str(tmp_path / "devkit"), verbose=False)
+        official = devkit.main(render_curves=False)
+    assert 0 < scores["mAP"] < 0.9
+    assert scores["mAP"] == pytest.approx(official["mean_ap"], abs=5e-7)
+    assert scores["NDS"] == pytest.approx(official["nd_score"], abs=5e-7)
+    for name, key in {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err"}.items():
+        assert scores[name] == pytest.approx(official["tp_errors"][key], abs=5e-7)
+    for name, values in scores["classes"].items():
+        assert values["AP"] == pytest.approx(official["mean_dist_aps"][name], abs=5e-7)
+        error = official["label_tp_errors"][name]["orient_err"]
+        assert values["AOE"] == (None if np.isnan(error) else pytest.approx(error, abs=5e-7))
+        assert values["truth"] == sum(box.detection_name == name for box in devkit.gt_boxes.all)
+    write_devkit_files(evaluation, tmp_path)
+    assert json.loads((tmp_path / "metrics_summary.json").read_text())["mean_ap"] == official["mean_ap"]
+    details = json.loads((tmp_path / "metrics_details.json").read_text())
+    expected = json.loads((tmp_path / "devkit/metrics_details.json").read_text())
+    assert details["car:2.0"]["precision"] == expected["car:2.0"]["precision"]
+
+
+def test_an_empty_submission_scores_nothing(nusc: NuScenes, tmp_path: Path) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"meta": {}, "results": {token: [] for token in split_tokens(nusc, "mini_val")}}))
+    scores = summary(evaluate_submission(nusc, path, "mini_val"))
+    assert (scores["mAP"], scores["NDS"], scores["mATE"], scores["boxes"]["predicted"]) == (0.0, 0.0, 1.0, 0)
+
+
+def test_of_more_than_500_boxes_the_best_are_kept(
+    project: Path, params: Params, nusc: NuScenes, tmp_path: Path
+) -> None:
+    dataset = dataset_of(project, params, "mini_val", {"boxes"})
+    (token, found), *_ = truth_as_detections(dataset).items()
+    boxes = np.tile(np.asarray(found.boxes), (40, 1))
+    many = SampleDetections(boxes, np.linspace(1, 0.1, len(boxes)), np.tile(np.asarray(found.labels), 40))
+    submission = build_submission({token: many}, dataset.index, "mini_val", {"camera"})
+    write_submission(submission, tmp_path / "many.json")
+    assert evaluate_submission(nusc, tmp_path / "many.json", "mini_val").samples == 1
+    submission["results"][token] *= 2
+    write_submission(submission, tmp_path / "many.json")
+    with pytest.raises(MetricsError, match="500 boxes per sample"):
+        evaluate_submission(nusc, tmp_path / "many.json", "mini_val")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("mini_train", "1 missing, 1 of other splits; first missing ca9a"),
+        ("val", "devkit refuses the submission for split 'val'"),
+        ("half", "unknown split 'half'"),
+    ],
+)
+def test_a_wrong_split_is_named(nusc: NuScenes, tmp_path: Path, split: str, message: str) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"meta": {}, "results": {token: [] for token in split_tokens(nusc, "mini_val")}}))
+    with pytest.raises(MetricsError, match=message):
+        evaluate_submission(nusc, path, split)
+
+
+def test_a_wrong_version_is_named(real_dataroot: Path) -> None:
+    with pytest.raises(MetricsError, match=r"version 'v1.0-trainval'.*data\.dataroot and data\.version"):
+        open_tables(real_dataroot, "v1.0-trainval")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(("name", "key"), [("evaluate_teacher", "lidar"), ("evaluate", "two-words-3")])
+def test_the_stage_publishes_equal_bytes_twice(project: Path, params: Params, name: str, key: str) -> None:
+    runs: list[tuple[Any, ...]] = []
+    for _ in range(2):
+        evaluate.run(context_of(project, params, name, key))
+        folder, metrics = project / "outputs/predictions" / key, project / "reports/metrics" / f"{key}.json"
+        runs.append((digests(folder), metrics.read_bytes()))
+    assert runs[0] == runs[1]
+    assert {"results_nusc.json", "metrics_summary.json", "metrics_details.json", "curves.png", "pictures.json"} < set(
+        runs[0][0]
+    )
+    content = json.loads(runs[0][1])
+    assert content["kind"] == ("teacher" if name == "evaluate_teacher" else "student")
+    assert (content["variant"], content["seed"]) == (("lidar", None) if key == "lidar" else ("two-words", 3))
+    assert content["parameters"] > 0
+    assert str(project) not in runs[0][1].decode()
+    (scene,) = json.loads((folder / "pictures.json").read_text())["scenes"]
+    assert all((folder / file).exists() for file in scene["files"].values())
+
+
+def test_a_student_is_given_images_only(project: Path, params: Params) -> None:
+    dataset = evaluate.make_dataset(
+        project, params, "mini_val", load_detector(project / "outputs/students/two-words-3")
+    )
+    sample = dataset[0]
+    assert sample.images.numel() > 0
+    assert (sample.points.numel(), sample.boxes.numel(), sample.depth.numel()) == (0, 0, 0)
+
+
+def test_weights_that_do_not_fit_are_refused(project: Path, tmp_path: Path) -> None:
+    config = lidar_config()
+    weights = build_detector(config).state_dict()
+    first = next(iter(weights))
+    save_detector(tmp_path, config, {("other" if name == first else name): value for name, value in weights.items()})
+    with pytest.raises(StageError, match=rf"missing {first}; unused other"):
+        load_detector(tmp_path)
+    save_detector(tmp_path, config, {**weights, first: weights[first][:1]})
+    with pytest.raises(StageError, match=rf"{first} is \[1"):
+        load_detector(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(StageError, match="does not hold a whole model"):
+        load_detector(tmp_path)
+    with pytest.raises(StageError, match="does not hold a whole model"):
+        load_detector(tmp_path / "nowhere")
+
+
+def test_keys_are_split_at_the_last_hyphen() -> None:
+    assert evaluate.subject("evaluate", "a-b-12") == evaluate.Subject("student", "a-b-12", "a-b", 12)
+    assert evaluate.subject("evaluate_teacher", "lidar").weights == "outputs/teachers/lidar"
+    with pytest.raises(StageError, match="--key"):
+        evaluate.subject("evaluate", None)

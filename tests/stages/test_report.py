@@ -1,0 +1,270 @@
+"""The report from made-up metrics files: numbers, named errors, a page that needs nothing else, equal bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+from data.classes import CLASSES
+from pipeline.graph import Node
+from pipeline.report import build
+from pipeline.report.build import Report
+from pipeline.report.charts import curve_path, graph, reduced, round_ticks
+from pipeline.report.results import ERRORS, ReportError, load_study
+from pipeline.report.statistics import mean_interval, paired_difference
+from stages.report import stage_graph
+
+ROOT = Path(__file__).resolve().parents[2]
+TERM = {
+    "student": "bev_neck",
+    "teacher": "lidar.bev_lift",
+    "mask": {"kind": "balanced"},
+    "adapter": {"kind": "decoder"},
+    "distance": "l1",
+    "weight": 0.3,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "baseline": {"student": "camera", "terms": {}, "model": {}, "train": {}},
+    "xfd": {"student": "camera", "terms": {"xfd": TERM}, "model": {}, "train": {"epochs": 12}},
+    "xod-<b>": {"student": "camera", "terms": {"xod": {**TERM, "mask": {"kind": "top", "k": 5}}}},
+}
+STAGES = {"prepare": 1, "teacher": 1, "distill": 6, "evaluate": 6, "report": 1}
+EDGES = [("prepare", "teacher"), ("teacher", "distill"), ("prepare", "distill"), ("distill", "evaluate")]
+EDGES += [("prepare", "evaluate"), ("evaluate", "report")]
+
+
+def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tuple[str, ...] = ()) -> dict[str, Any]:
+    classes = {}
+    for name in CLASSES:
+        ap = 0.0 if name in absent else float(np.clip(rng.normal(level, level / 3), 0, 1))
+        errors = {error[1:]: float(rng.uniform(0.2, 1.0)) for error in ERRORS}
+        truth = 0 if name in absent else 40
+        classes[name] = {"AP": ap, **errors, "truth": truth, "predicted": 55}
+    classes["traffic_cone"].update(AOE=None, AVE=None, AAE=None)
+    ap = float(np.mean([values["AP"] for values in classes.values()]))
+    errors = {error: float(rng.uniform(0.3, 1.0)) for error in ERRORS}
+    return {
+        "kind": kind, "split": "val", "parameters": 1_650_000, "mAP": ap, "NDS": ap * 0.9, **errors,
+        "mAP_present": ap * 10 / (10 - len(absent)), "samples": 96, "classes": classes,
+        "boxes": {"truth": 40 * (10 - len(absent)), "predicted": 550},
+    }  # fmt: skip
+
+
+def make_predictions(rng: np.random.Generator, folder: Path, metrics: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    recall = np.linspace(0, 1, 101)
+    details = {}
+    for name, values in metrics["classes"].items():
+        precision = np.where(recall < values["AP"] + 0.2, 1 - recall * rng.uniform(0.3, 1.0), 0.0)
+        details[f"{name}:2.0"] = {"recall": recall.tolist(), "precision": precision.tolist()}
+    (folder / "metrics_details.json").write_text(json.dumps(details))
+    files = {name: f"00-{name}.png" for name in ("truth-cameras", "truth-bev", "cameras", "bev")}
+    for file in files.values():
+        noise = rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / file)
+    scene = {"token": "abc", "caption": "scene-0003, keyframe abc", "files": files}
+    (folder / "pictures.json").write_text(json.dumps({"threshold": 0.2, "scenes": [scene]}))
+
+
+def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Path:
+    rng = np.random.default_rng(0)
+    (root / "metrics").mkdir(parents=True)
+    levels = {"baseline": 0.1, "xfd": 0.14, "xod-<b>": 0.12}
+    runs = {"lidar": ("teacher", 0.5)}
+    runs |= {f"{name}-{seed}": ("student", level) for name, level in levels.items() for seed in seeds}
+    for key, (kind, level) in runs.items():
+        metrics = make_metrics(rng, kind, level, absent)
+        (root / "metrics" / f"{key}.json").write_text(json.dumps(metrics))
+        make_predictions(rng, root / "predictions" / key, metrics)
+    return root
+
+
+def make_report(root: Path, seeds: list[int]) -> Report:
+    return build(
+        root / "metrics", root / "predictions", profile="demo", teachers=["lidar"], variants=VARIANTS, seeds=seeds,
+        stages=STAGES, edges=EDGES,
+    )  # fmt: skip
+
+
+def test_interval_is_scipys() -> None:
+    values = [0.11, 0.14, 0.09, 0.131]
+    interval = mean_interval(values)
+    assert interval is not None
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-12)
+
+
+def test_interval_of_two_is_the_closed_form() -> None:
+    interval = mean_interval([1.0, 3.0])  # t(0.975, 1) = tan(0.475 pi), s / sqrt(2) = 1
+    assert interval is not None
+    assert (interval.mean, interval.half) == (2.0, pytest.approx(np.tan(0.475 * np.pi), rel=1e-9))
+
+
+def test_interval_of_one_and_of_none() -> None:
+    one = mean_interval([0.4, None, float("nan")])
+    assert one is not None
+    assert (one.mean, one.half, one.count, one.low, one.resolved) == (0.4, None, 1, 0.4, False)
+    assert mean_interval([None]) is None
+
+
+def test_difference_is_paired_by_seed() -> None:
+    gain = paired_difference({0: 0.13, 1: 0.23, 2: 0.33, 9: 5.0, 3: None}, {2: 0.3, 1: 0.21, 0: 0.1, 3: 0.1})
+    assert gain is not None
+    statistic = scipy.stats.ttest_rel([0.13, 0.23, 0.33], [0.1, 0.21, 0.3]).confidence_interval()
+    assert (gain.count, gain.low, gain.high) == (3, pytest.approx(statistic.low), pytest.approx(statistic.high))
+    assert gain.resolved == (statistic.low > 0)
+
+
+def test_the_table_of_several_seeds(tmp_path: Path) -> None:
+    report = make_report(make_study(tmp_path, [0, 1, 2]), [0, 1, 2])
+    values = [json.loads((tmp_path / f"metrics/xfd-{seed}.json").read_text())["mAP"] for seed in range(3)]
+    base = [json.loads((tmp_path / f"metrics/baseline-{seed}.json").read_text())["mAP"] for seed in range(3)]
+    half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(values)
+    gain = np.subtract(values, base)
+    row = next(line for line in report.markdown.splitlines() if line.startswith("| xfd "))
+    assert f"| {np.mean(values):.3f} ± {half:.3f} |" in row
+    assert f"| {gain.mean():+.3f} ± {scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(gain):.3f} |" in row
+    assert "95 % t-interval over 3 seeds" in report.markdown
+    assert "| lidar (teacher) | 1 |" in report.markdown
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    report = make_report(make_study(tmp_path, [0], ("bus", "trailer")), [0])
+    assert "±" not in report.plain
+    assert "One seed, no interval" in report.plain
+    assert "Not in the truth: bus, trailer" in report.plain
+    assert "mAP present" in report.plain
+    lines = report.plain.splitlines()
+    assert len({len(line) for line in lines[:6]}) == 1  # aligned
+
+
+def test_undefined_metrics_become_dashes(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    path = tmp_path / "metrics/xfd-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mAVE": None, "mAP": None}))
+    report = make_report(tmp_path, [0])
+    cells = next(line for line in report.markdown.splitlines() if line.startswith("| xfd ")).split(" | ")
+    assert cells[2:4] == ["–", "–"]
+    assert "nan" not in report.plain
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics/xfd-1.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
+        ("metrics/lidar.json", None, "is missing: run `dvc repro evaluate_teacher@lidar`"),
+        ("metrics/xfd-1.json", "{", "is not JSON"),
+        ("metrics/xfd-1.json", "{}", "lacks kind, mAP"),
+        ("predictions/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
+        ("predictions/xfd-0/00-bev.png", None, "is missing"),
+        ("predictions/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
+    ],
+)
+def test_what_is_missing_is_named_with_what_to_run(
+    tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    path = make_study(tmp_path, [0, 1]) / file
+    path.unlink()
+    if content:
+        path.write_text(content)
+    with pytest.raises(ReportError, match=f"{re.escape(file)}.*{re.escape(message)}"):
+        make_report(tmp_path, [0, 1])
+
+
+def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
+    path = make_study(tmp_path, [0]) / "metrics/xfd-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": 95}))
+    with pytest.raises(ReportError, match="xfd-0: 95 samples of 'val'"):
+        make_report(tmp_path, [0])
+
+
+def test_metrics_of_other_studies_are_left_alone(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    study = load_study(tmp_path / "metrics", [], ["baseline"], [1])
+    assert [list(arm.runs) for arm in study.arms] == [[1]]
+
+
+class References(HTMLParser):
+    """Collects what a page would load, and checks that its tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "line", "rect", "path", "br", "link", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    html = make_report(make_study(tmp_path, [0, 1]), [0, 1]).html
+    page = References()
+    page.feed(html)
+    assert page.open == []
+    assert [value[:30] for value in page.loads if not value.startswith(("data:image/webp;base64,", "#"))] == []
+    assert re.findall(r"https?://|@import|url\((?!#)", html) == []
+    assert str(tmp_path) not in html
+    assert "xod-&lt;b&gt;" in html
+    assert "xod-<b>" not in html
+    for text in ("cannot prove", "top (k 5)", "epochs 12", "scene-0003"):
+        assert text in html
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    assert make_report(tmp_path, [0, 1]) == make_report(tmp_path, [0, 1])
+
+
+def test_the_report_imports_neither_torch_nor_the_rooms() -> None:
+    code = "import sys, pipeline.report; print([m for m in ('torch', 'data', 'models', 'stages') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_ticks_are_round_and_reach_the_top() -> None:
+    assert round_ticks(0.5) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert round_ticks(0.137) == pytest.approx([0, 0.05, 0.1, 0.15])
+    for top in np.random.default_rng(0).uniform(1e-3, 1, 50):
+        ticks = round_ticks(float(top))
+        assert ticks[-1] >= top - 1e-12
+        assert 2 <= len(ticks) <= 7
+
+
+def test_a_curve_ends_at_the_highest_recall() -> None:
+    assert curve_path([0.0, 0.5, 1.0], [1.0, 0.5, 0.0]) == "M0.0,0.0 100.0,66.0"
+    assert curve_path([0.0, 1.0], [0.0, 0.0]) == ""
+
+
+def test_the_dag_goes_from_left_to_right() -> None:
+    drawn = graph(STAGES, EDGES)
+    x = {node.name: node.x for node in drawn.nodes}
+    assert all(x[a] < x[b] for a, b in EDGES)
+    assert ("prepare", "distill") not in reduced(EDGES)
+    assert ("distill", "evaluate") in reduced(EDGES)
+
+
+def test_instances_of_a_stage_are_counted() -> None:
+    nodes = {
+        "teacher@lidar": Node("teacher@lidar", "", {}, (), ()),
+        "distill@a-0": Node("distill@a-0", "", {}, ("teacher@lidar",), ()),
+        "distill@a-1": Node("distill@a-1", "", {}, ("teacher@lidar",), ()),
+    }
+    assert stage_graph(nodes) == ({"teacher": 1, "distill": 2}, [("teacher", "distill")])
