@@ -73,7 +73,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
+    code = re.search(r"os error (\d+)", str(error))  # safetensors has the number in its message only
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = "the disk is full; free space" if full else f"{error}; make the folder writable"
     return f"cannot write {path}: {what} and run again, earlier files are intact"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -94,8 +95,13 @@ class KeyedDataset(Dataset[Any]):
 
 
 def start_worker(_: int) -> None:
-    """A loader's worker computes on one thread, leaves stop signals to its trainer, and dies with it."""
+    """A loader's worker computes on one thread and dies with its trainer.
+
+    In a process group of its own it does not get the stop signals that go to the trainer's group, and can still be
+    terminated by the trainer, whose handlers it must not keep.
+    """
+    os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """A small task for tests of the trainer: a convolutional net with dropout on random images, in one process or as a script.
 
-    python tests/pipeline/toy.py FOLDER [key=value ...]     keys: the fields of TrainConfig, and those of `run`
+python tests/pipeline/toy.py FOLDER [key=value ...]     keys: the fields of TrainConfig, and those of `run`
 """
 
 from __future__ import annotations
