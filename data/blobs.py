@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 POINT_BYTES: Final = 20  # a LiDAR return: x, y, z, intensity, ring as float32
 JPEG_START: Final = b"\xff\xd8"
 JPEG_END: Final = b"\xff\xd9"
@@ -33,26 +36,27 @@ def points_fault(size: int) -> str | None:
     return f"is truncated: {size} bytes is not a multiple of {POINT_BYTES}" if size % POINT_BYTES else None
 
 
-def blob_fault(path: Path) -> str | None:
-    """What is wrong with a sensor file, as far as its size and, for a JPEG, its ends tell; None when nothing is."""
+def check_blob(path: Path) -> tuple[int, str | None]:
+    """Size in bytes of a sensor file, and what is wrong with it as far as the size and a JPEG's ends tell."""
     try:
         size = path.stat().st_size
         if path.name.endswith(".pcd.bin"):
-            return points_fault(size)
+            return size, points_fault(size)
         if path.suffix != ".jpg":
-            return None if size else "is empty"
+            return size, None if size else "is empty"
         with path.open("rb") as file:
             head = file.read(2)
             file.seek(max(0, size - _JPEG_TAIL))
-            return jpeg_fault(head, file.read())
+            return size, jpeg_fault(head, file.read())
     except FileNotFoundError:
-        return "is missing"
+        return 0, "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return 0, f"cannot be read ({error.strerror})"
 
 
-def blob_faults(dataroot: Path, files: Sequence[str], threads: int = 16) -> dict[str, str]:
-    """The faulty ones among files (relative to the dataroot) and what is wrong with each."""
+def check_blobs(dataroot: Path, files: Sequence[str], threads: int = 16) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Sizes [F] of files, which are relative to the dataroot, and what is wrong with the faulty ones."""
     with ThreadPoolExecutor(threads) as pool:
-        faults = pool.map(blob_fault, (dataroot / file for file in files))
-    return {file: fault for file, fault in zip(files, faults, strict=True) if fault}
+        results = list(pool.map(check_blob, (dataroot / file for file in files)))
+    faults = {file: fault for file, (_, fault) in zip(files, results, strict=True) if fault}
+    return np.array([size for size, _ in results], dtype=np.int64), faults

@@ -11,9 +11,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from numpy.typing import NDArray
 
-from data.blobs import BlobError, blob_faults
+from data.blobs import BlobError, check_blobs
 from data.boxes import lidar_boxes_from_global
 from data.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES
 from data.geometry import Float64, se3
@@ -86,7 +87,7 @@ def build_index(
     dataroot = Path(dataroot)
     tables = Tables(dataroot, version)
     keyframes = _keyframes(tables, version, sorted(set(splits)), sweeps, radar)
-    faults = _sample_faults(dataroot, tables, keyframes)
+    faults, digest = _sample_faults(dataroot, tables, keyframes)
     _check_bound(faults, skip_broken)
     keep = np.array([row not in faults for row in range(len(keyframes.rows))], dtype=bool)
     skipped = _skipped(tables, keyframes, faults)
@@ -97,6 +98,7 @@ def build_index(
         "version": version,
         "splits": json.dumps(sorted(set(splits))),
         "skipped": json.dumps(skipped, sort_keys=True),
+        "blobs": digest,
     }
     _write(Path(out_dir), columns, metadata)
     return _summary(kept, len(columns["box"].flatten()), skipped)
@@ -170,8 +172,13 @@ def _sweep_chains(tables: Tables, samples: Rows, channels: tuple[str, ...], leng
     return chains
 
 
-def _sample_faults(dataroot: Path, tables: Tables, keyframes: _Keyframes) -> dict[int, str]:
-    """Position of each sample with an absent record, or a missing or broken file -> what is wrong, with tokens."""
+def _sample_faults(dataroot: Path, tables: Tables, keyframes: _Keyframes) -> tuple[dict[int, str], str]:
+    """What is wrong with the records and files of the samples.
+
+    Returns:
+        Position of each faulty sample -> what is wrong, with tokens; and a digest of the sizes of all files, which
+        makes the index differ when files were made anew under the same names.
+    """
     tokens = tables.column("sample", "token", keyframes.rows)
     absent: dict[int, list[str]] = {}
     for position, channel in np.argwhere(keyframes.sweeps[:, :, 0] == MISSING).tolist():
@@ -179,7 +186,7 @@ def _sample_faults(dataroot: Path, tables: Tables, keyframes: _Keyframes) -> dic
     positions, _, _ = used = np.nonzero(keyframes.sweeps != MISSING)
     rows = keyframes.sweeps[used]
     files = tables.column("sample_data", "filename", rows)
-    faults = blob_faults(dataroot, pc.unique(files).to_pylist())
+    sizes, faults = check_blobs(dataroot, pc.unique(files).to_pylist())
     broken = np.flatnonzero(pc.is_in(files, value_set=pa.array(list(faults), pa.string())).to_numpy())
     data_tokens = tables.column("sample_data", "token", rows[broken]).to_pylist()
     for entry, data_token in zip(broken.tolist(), data_tokens, strict=True):
@@ -187,7 +194,8 @@ def _sample_faults(dataroot: Path, tables: Tables, keyframes: _Keyframes) -> dic
         absent.setdefault(position, []).append(
             f"{file} {faults[file]} (sample_data {data_token} of sample {tokens[position]})"
         )
-    return {position: "; ".join(reasons) for position, reasons in sorted(absent.items())}
+    digest = xxhash.xxh3_128_hexdigest(sizes.tobytes())
+    return {position: "; ".join(reasons) for position, reasons in sorted(absent.items())}, digest
 
 
 def _check_bound(faults: dict[int, str], skip_broken: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data.geometry import Float64
@@ -136,7 +137,7 @@ class Index:
             ValueError: the index was built without that split.
         """
         self._check_split(split)
-        return np.flatnonzero(self._columns["split"].to_numpy(zero_copy_only=False) == split)
+        return np.flatnonzero(pc.equal(self._columns["split"], split))
 
     def tokens(self, split: str) -> list[str]:
         """Sample tokens of a split, in the order of `rows`."""

@@ -159,6 +159,10 @@ def test_equal_data_gives_equal_bytes_wherever_it_lies(copy: Path, made_index: I
     content = (tmp_path / "again" / FILE).read_bytes()
     assert content == made_index.path.read_bytes()
     assert str(copy).encode() not in content
+    image = copy / made_index.sample(0).cameras.files[0]
+    image.write_bytes(image.read_bytes() + b"\0")  # made anew under the same name
+    build_index(copy, *MINI, tmp_path / "again", sweeps=4, radar=True)
+    assert (tmp_path / "again" / FILE).read_bytes() != content
 
 
 def test_opening_is_fast_reads_no_pickle_and_imports_no_devkit(made_index: Index) -> None:
