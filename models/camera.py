@@ -109,14 +109,15 @@ class CameraBEVDepth(Detector):
                              f"{self.grid.size}: change the strides of bev_backbone and bev_neck")
         head = self.head(neck)
         available = {
-            "pv": current.features,
-            "depth": current.depth.softmax(2) if "depth" in taps else current.depth,
-            "bev_lift": current.bev,
-            "bev_prev": previous,
-            "bev_fused": fused,
-            "bev_neck": neck,
-            "head": head_map(head) if "head" in taps else neck,
+            "pv": lambda: current.features,
+            "depth": lambda: current.depth.softmax(2),
+            "bev_lift": lambda: current.bev,
+            "bev_fused": lambda: fused,
+            "bev_neck": lambda: neck,
+            "head": lambda: head_map(head),
         }
+        if previous is not None:
+            available["bev_prev"] = lambda: previous
         return Prediction(head, self.select_taps(available, taps), current.depth)
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -101,17 +101,17 @@ class Detector(nn.Module):
         finally:
             logging.disable(level)
 
-    def select_taps(self, available: Mapping[str, Tensor | None], taps: Collection[str]) -> dict[str, Tensor]:
-        """The asked taps out of those that were computed.
+    def select_taps(self, available: Mapping[str, Callable[[], Tensor]], taps: Collection[str]) -> dict[str, Tensor]:
+        """The asked taps, made only now, out of those that this detector has.
 
         Raises:
-            ValueError: naming a tap that this detector does not have.
+            ValueError: naming a tap that it does not have.
         """
-        known = {name: value for name, value in available.items() if value is not None}
         for name in taps:
-            if name not in known and name != "boxes":
-                raise ValueError(f"{type(self).__name__} has no tap '{name}': it has {', '.join([*known, 'boxes'])}")
-        return {name: known[name] for name in taps if name != "boxes"}
+            if name not in available and name != "boxes":
+                known = ", ".join([*available, "boxes"])
+                raise ValueError(f"{type(self).__name__} has no tap '{name}': it has {known}")
+        return {name: available[name]() for name in taps if name != "boxes"}
 
 
 def head_map(head: list[dict[str, Tensor]]) -> Tensor:

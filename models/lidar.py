@@ -102,9 +102,9 @@ class LidarCenterPoint(Detector):
                              f"{self.grid.size}: change the strides of backbone and neck, or voxel.size")
         head = self.head(neck)
         available = {
-            "bev_lift": self._to_head_grid(lifted) if "bev_lift" in taps else lifted,
-            "bev_neck": neck,
-            "head": head_map(head) if "head" in taps else neck,
+            "bev_lift": lambda: self._to_head_grid(lifted),
+            "bev_neck": lambda: neck,
+            "head": lambda: head_map(head),
         }
         return Prediction(head, self.select_taps(available, taps))
 
