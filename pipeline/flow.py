@@ -143,7 +143,7 @@ def _build_flow(this: Run) -> Any:
         )
         return Completed() if result.outcome == "done" else Failed(message=result.note)
 
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=this.slots)
+    runner: Any = ThreadPoolTaskRunner(max_workers=this.slots)
 
     @flow(name="pipeline", persist_result=False, task_runner=runner)
     def pipeline() -> Any:
@@ -257,7 +257,7 @@ def _run_child(this: Run, name: str, arguments: list[str], threads: int) -> tupl
 
 
 def _environment(this: Run, threads: int) -> dict[str, str]:
-    """The environment of a child: this Python first on the path, and its share of the cores where nothing was chosen."""
+    """The environment of a child: this Python first on the path, and its share of the cores where none is set."""
     environment = {**os.environ, **this.environment}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.setdefault("OMP_NUM_THREADS", str(threads))

@@ -177,10 +177,8 @@ def _reasons(stage: PipelineStage, entries: list[Any]) -> list[str]:
             reasons += _changed_params(dep.hash_info.value or {}, dep.read_params())
     params_files = {str(dep) for dep in stage.deps if isinstance(dep, ParamsDependency)}
     for entry in entries:
-        if isinstance(entry, str):
-            reasons.append(
-                {"changed checksum": "changed command or outs", "always changed": "runs always"}.get(entry, entry)
-            )
+        if isinstance(entry, str):  # "changed command", "always changed"
+            reasons.append(entry)
             continue
         for kind, paths in entry.items():
             word = {"changed deps": "dependency", "changed outs": "out"}.get(kind, kind)

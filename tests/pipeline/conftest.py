@@ -1,0 +1,60 @@
+"""Projects in temporary folders, and one migrated MLflow database that tests copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.pipeline.project import ROOT, Project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """A tiny project."""
+    made = Project(tmp_path / "project")
+    yield made
+    made.stop_all()
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A migrated, empty database, made once per test session (it takes several seconds)."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "mlflow"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            environment = os.environ | {
+                "PYTHONPATH": str(ROOT),
+                "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+            }
+            (folder / "dvc.yaml").write_text("stages: {}\n")
+            subprocess.run([sys.executable, "-m", "pipeline", "track", "init"], cwd=folder, env=environment, check=True)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def database(migrated: Path, tmp_path: Path) -> str:
+    """URI of a migrated, empty tracking database of this test's own."""
+    return f"sqlite:///{shutil.copy(migrated, tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
+def make_project(tmp_path: Path) -> Iterator[Callable[..., Project]]:
+    """Make tiny projects with environment variables."""
+    made: list[Project] = []
+
+    def make(**environment: str) -> Project:
+        made.append(Project(tmp_path / f"project{len(made)}", **environment))
+        return made[-1]
+
+    yield make
+    for project in made:
+        project.stop_all()

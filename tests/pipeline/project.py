@@ -1,0 +1,136 @@
+"""A tiny project in a folder of its own, with real DVC, Prefect and MLflow around trivial stages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = (ROOT / "params.yaml").read_text()
+
+DVC_YAML = """
+stages:
+  prepare:
+    cmd: python -m pipeline stage prepare
+    deps: [stages/prepare.py]
+    params: [input.sweeps]
+    outs: [outputs/index]
+    meta: {gpus: 0, timeout_h: 1}
+  distill:
+    matrix: {variant: "${study.variants}", seed: "${study.seeds}"}
+    cmd: python -m pipeline stage distill --key ${key}
+    deps: [stages/distill.py, outputs/index]
+    params: ["variants.${item.variant}"]
+    outs: ["outputs/students/${key}"]
+    meta: {gpus: 1, timeout_h: 1, distributed: true}
+"""
+PREPARE = """
+def run(context):
+    made = context.scratch / "index"
+    made.write_text("index")
+    context.publish(made, "outputs/index")
+"""
+DISTILL = """
+def run(context):
+    context.tracker.log_metrics({"train/loss": 1.0}, step=1)
+    made = context.scratch / "student"
+    made.mkdir(exist_ok=True)
+    (made / "weights").write_text(context.key)
+    context.publish(made, f"outputs/students/{context.key}")
+"""
+
+
+class Project:
+    """A project folder, and the environment that its commands run in."""
+
+    def __init__(self, root: Path, **environment: str) -> None:
+        self.root = root
+        quiet = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "PIPELINE", "DVC", "OMP"))
+        }
+        self.env = quiet | {
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DVC_SITE_CACHE_DIR": str(root / ".site-cache"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PIPELINE_TRACK_LATER": "1",
+            **environment,
+        }
+        (root / "stages").mkdir(parents=True)
+        (root / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc" / "config", root / ".dvc" / "config")
+        subprocess.run(["git", "init", "-q", str(root)], check=True)
+        self.write("params.yaml", PARAMS)
+        self.write("dvc.yaml", DVC_YAML)
+        self.write("stages/__init__.py", "")
+        self.write("stages/prepare.py", PREPARE)
+        self.write("stages/distill.py", DISTILL)
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).write_text(text)
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        text = (self.root / path).read_text()
+        assert old in text, f"{old!r} is not in {path}"
+        self.write(path, text.replace(old, new))
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """Start `python -m COMMAND`, stdout and stderr together."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=self.root,
+            env=self.env | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, *command: str, code: int | None = 0, **environment: str) -> str:
+        """Run `python -m COMMAND` to its end and return what it printed; `code` is what it must end with."""
+        child = self.start(*command, **environment)
+        output, _ = child.communicate(timeout=120)
+        assert code is None or child.returncode == code, output
+        return output
+
+    def repro(self, *arguments: str, code: int = 0, **environment: str) -> list[str]:
+        """`dvc repro`; returns the names of the stages that ran."""
+        output = self.run("dvc", "repro", *arguments, code=code, **environment)
+        return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+    def lines(self, path: str) -> list[str]:
+        """Lines of a file; none when it is not there."""
+        file = self.root / path
+        return file.read_text().splitlines() if file.exists() else []
+
+    def processes(self) -> list[psutil.Process]:
+        """Living processes that were started for this project."""
+        mine = []
+        for process in psutil.process_iter(["cwd", "status", "environ"]):
+            inside = str(self.root) in (process.info["cwd"] or "")
+            known = (process.info["environ"] or {}).get("DVC_SITE_CACHE_DIR") == self.env["DVC_SITE_CACHE_DIR"]
+            if (inside or known) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                mine.append(process)
+        return mine
+
+    def stop_all(self) -> None:
+        """Kill what a failed test left."""
+        for process in self.processes():
+            process.send_signal(signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait for a condition and return its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value

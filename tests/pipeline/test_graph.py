@@ -1,0 +1,151 @@
+"""The contract with DVC's internals: graph, status, hashes, and what makes a fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+
+from pipeline import graph
+from tests.pipeline.project import ROOT, Project, wait_until
+
+CHAIN = """
+stages:
+  one:
+    cmd: cp in.txt one.txt
+    deps: [in.txt]
+    params: [seed, "input.image"]
+    outs: [one.txt]
+    meta: {gpus: 2, timeout_h: 3}
+  two:
+    cmd: mkdir -p d && cp one.txt d/two.txt
+    deps: [one.txt]
+    outs: [d]
+  three:
+    foreach: [a, b]
+    do:
+      cmd: cp d/two.txt three-${item}.txt
+      deps: [d]
+      outs: ["three-${item}.txt"]
+"""
+
+
+@pytest.fixture
+def chain(project: Project) -> Project:
+    project.write("dvc.yaml", CHAIN)
+    project.write("in.txt", "1")
+    return project
+
+
+def test_the_repository_has_the_stages_that_it_should() -> None:
+    nodes = graph.graph(ROOT)
+    names = list(nodes)
+    assert names[0] == "generate@city"
+    assert names[-1] == "report"
+    assert nodes["prepare"].upstream == ("generate@city",)
+    assert set(nodes["extract@lidar"].upstream) == {"prepare", "teacher@lidar"}
+    assert "extract@lidar" in nodes["distill@baseline-0"].upstream
+    assert nodes["evaluate@baseline-0"].upstream == ("distill@baseline-0", "prepare")
+    for name, node in nodes.items():
+        base, _, key = name.partition("@")
+        assert node.cmd == f"python -m pipeline stage {base}" + (f" --key {key}" if key else "")
+        assert {"gpus", "timeout_h"} <= node.meta.keys()
+        assert all(names.index(other) < names.index(name) for other in node.upstream)
+
+
+def test_graph_and_selection(chain: Project) -> None:
+    nodes = graph.graph(chain.root)
+    assert list(nodes) == ["one", "two", "three@a", "three@b"]
+    assert nodes["three@a"].upstream == ("two",)
+    assert nodes["one"].meta == {"gpus": 2, "timeout_h": 3}
+    assert nodes["two"].outs == ("d",)
+    assert list(graph.select(nodes, ["two"])) == ["one", "two"]
+    assert list(graph.select(nodes, ["three"])) == ["one", "two", "three@a", "three@b"]
+    assert list(graph.select(nodes, ["three@b"])) == ["one", "two", "three@b"]
+    with pytest.raises(graph.GraphError, match="target 'four' is not a stage; there are: one, two"):
+        graph.select(nodes, ["four"])
+
+
+def test_status_says_why(chain: Project) -> None:
+    assert graph.status(chain.root) == {name: ["never ran"] for name in ("one", "two", "three@a", "three@b")}
+    chain.repro()
+    assert graph.status(chain.root) == {}
+    chain.edit("params.yaml", "    flip: 0.5 ", "    flip: 0.25")
+    assert graph.status(chain.root) == {"one": ["param input.image.flip: 0.5 -> 0.25"]}
+    chain.edit("params.yaml", "    flip: 0.25", "    flip: 0.5 ")
+    chain.write("in.txt", "2")
+    (chain.root / "three-a.txt").unlink()
+    chain.edit("dvc.yaml", "mkdir -p d &&", "mkdir -p d;")
+    reasons = graph.status(chain.root)
+    assert reasons["one"] == ["dependency modified: in.txt"]
+    assert reasons["two"] == ["changed command"]
+    assert reasons["three@a"] == ["out deleted: three-a.txt"]
+
+
+def test_fingerprint_follows_command_dependencies_and_params_and_not_meta(chain: Project) -> None:
+    first = graph.resolve("one", chain.root)
+    assert first.deps == {"in.txt": "c4ca4238a0b923820dcc509a6f75849b"}  # md5 of "1"
+    assert first.params["seed"] == 0
+    assert first.params["input.image"]["flip"] == 0.5
+    assert (first.name, first.key, first.outs) == ("one", None, ("one.txt",))
+    assert len(first.fingerprint) == 64
+
+    chain.edit("dvc.yaml", "gpus: 2", "gpus: 8")
+    chain.edit("params.yaml", "skip_broken: 0", "skip_broken: 5")  # not a param of this stage
+    again = graph.resolve("one", chain.root)
+    assert again.meta["gpus"] == 8
+    assert again.fingerprint == first.fingerprint
+
+    changes = [("dvc.yaml", "cp in.txt", "cp -f in.txt"), ("in.txt", "1", "2"), ("params.yaml", "seed: 0 ", "seed: 1 ")]
+    seen = {first.fingerprint}
+    for path, old, new in changes:
+        text = (chain.root / path).read_text()
+        chain.write(path, text.replace(old, new, 1))
+        seen.add(graph.resolve("one", chain.root).fingerprint)
+        chain.write(path, text)
+    assert len(seen) == 4
+    assert graph.resolve("one", chain.root).fingerprint == first.fingerprint
+
+
+def test_fingerprint_survives_a_different_order_of_keys(chain: Project) -> None:
+    spec = graph.resolve("one", chain.root)
+    turned = dataclasses.replace(
+        spec, params=dict(reversed(spec.params.items())), deps=dict(reversed(spec.deps.items()))
+    )
+    assert turned.fingerprint == spec.fingerprint
+
+
+def test_missing_dependency_and_unknown_stage(chain: Project) -> None:
+    assert graph.resolve("two", chain.root).deps == {"one.txt": None}
+    three = graph.resolve("three@a", chain.root)
+    assert (three.name, three.key, three.address) == ("three", "a", "three@a")
+    with pytest.raises(
+        graph.GraphError, match=r"stage 'three' is not in dvc.yaml; there are: one, three@a, three@b, two"
+    ):
+        graph.resolve("three", chain.root)
+
+
+def test_resolving_does_not_wait_for_a_running_stage(chain: Project) -> None:
+    chain.edit("dvc.yaml", "cmd: cp in.txt one.txt", "cmd: touch started && sleep 30 && cp in.txt one.txt")
+    running = chain.start("dvc", "repro", "one")
+    wait_until((chain.root / "started").exists)
+    began = time.monotonic()
+    assert graph.resolve("one", chain.root).deps["in.txt"]
+    assert time.monotonic() - began < 15
+    with pytest.raises(graph.GraphError, match="another DVC process is at work"):
+        graph.status(chain.root)
+    running.kill()
+    chain.stop_all()
+    running.wait()
+
+
+def test_broken_projects_are_named(chain: Project) -> None:
+    chain.run("dvc", "status")
+    (chain.root / ".dvc" / "tmp" / "rwlock").write_text('{"read": {')
+    with pytest.raises(graph.GraphError, match=r"remove \.dvc/tmp/rwlock"):
+        graph.status(chain.root)
+    (chain.root / ".dvc" / "tmp" / "rwlock").unlink()
+    chain.edit("dvc.yaml", "deps: [one.txt]", "dips: [one.txt]")
+    with pytest.raises(graph.GraphError, match=r"dvc\.yaml"):
+        graph.graph(chain.root)

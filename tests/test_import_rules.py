@@ -1,0 +1,87 @@
+"""Who may import whom, and what the control plane does without."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = {
+    "data": {"data"},
+    "models": {"models"},
+    "pipeline": {"pipeline"},
+    "stages": {"data", "models", "pipeline", "stages"},
+}
+CONTROL_PLANE = [
+    "__main__",
+    "cli",
+    "environment",
+    "errors",
+    "flow",
+    "gpus",
+    "graph",
+    "launch",
+    "params",
+    "processes",
+    "profiles",
+]
+SLOW = ["torch", "prefect", "mlflow", "lightning", "mmcv", "mmdet", "mmdet3d"]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import in a file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_only_what_they_may(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in (ROOT / room).rglob("*.py")
+        for line, module in imports(path)
+        if module.partition(".")[0] in ALLOWED.keys() - ALLOWED[room]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_graph_touches_dvc() -> None:
+    files = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")]
+    users = {
+        str(path.relative_to(ROOT))
+        for path in files
+        for _, module in imports(path)
+        if module.partition(".")[0] == "dvc"
+    }
+    assert users == {"pipeline/graph.py"}
+
+
+@pytest.mark.parametrize("engine", ["dvc", "mlflow", "prefect"])
+def test_data_and_models_know_no_engine(engine: str) -> None:
+    for room in ("data", "models"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert engine not in {module.partition(".")[0] for _, module in imports(path)}, path
+
+
+def test_the_control_plane_imports_nothing_slow() -> None:
+    modules = [f"pipeline.{name}" for name in CONTROL_PLANE if name != "__main__"]
+    code = f"import sys, {', '.join(modules)}; print([name for name in {SLOW} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_the_graph_is_read_without_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline import flow, graph; assert graph.graph(Path.cwd());"
+        "print([name for name in ('torch', 'prefect', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
