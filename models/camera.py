@@ -172,8 +172,10 @@ class CameraBEVDepth(Detector):
     def _cells(self, batch: Batch, frame: int, shape: torch.Size) -> Tensor:
         """Cell of each frustum point [B N h w, D], counted through the batch; -1 outside the grid."""
         device = batch.images.device
-        v, u = torch.meshgrid(*(torch.arange(n, device=device) + 0.5 for n in shape), indexing="ij")
-        pixel = torch.stack([u * self.stride, v * self.stride, torch.ones_like(u)], dim=-1).view(-1, 3)
+        # Whole numbers are the centres of pixels, so a cell of `stride` pixels has its centre half a pixel lower.
+        centers = ((torch.arange(n, device=device) + 0.5) * self.stride - 0.5 for n in shape)
+        v, u = torch.meshgrid(*centers, indexing="ij")
+        pixel = torch.stack([u, v, torch.ones_like(u)], dim=-1).view(-1, 3)
         # Autocast would round metres and pixels to eight bits.
         with torch.autocast(device.type, enabled=False):
             pose = batch.bev_aug.float()[:, None] @ batch.lidar_SE3_cam[:, frame].float()
