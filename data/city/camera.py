@@ -17,7 +17,7 @@ from data.city.world import World
 Array = NDArray[np.float32]
 
 _FLOOR = np.float32(3.1)  # metres between the rows of windows
-_SHADOW_RANGE = 70.0
+_SHADOW_RANGE = 60.0
 
 
 class Pictures(NamedTuple):
@@ -74,8 +74,10 @@ class Renderer:
 
     def _shade(self, snapshot: Snapshot, starts: Array, directions: Array, hits: Hits) -> Array:
         """Return colours [R, 3] around 0-1."""
-        sky = self._sky(directions)
-        seen = np.flatnonzero(hits.face >= 0)
+        missed = hits.face < 0
+        picture = np.empty_like(directions)
+        picture[missed] = self._sky(directions[missed])
+        seen = np.flatnonzero(~missed)
         points = starts[seen] + directions[seen] * hits.distance[seen, None]
         normals, faces = hits.normal[seen], hits.face[seen]
         albedo, glow = self._surface(points, normals, faces, hits.distance[seen], directions[seen])
@@ -87,8 +89,8 @@ class Renderer:
         light = facing[:, None] * weather.sunlight + (0.62 + 0.38 * normals[:, 2:]) * weather.ambient
         colours = albedo * (light + glow[:, None])
         clear = np.exp(-hits.distance[seen] / np.float32(weather.visibility))[:, None]
-        sky[seen] = colours * clear + weather.horizon * (1 - clear)
-        return sky
+        picture[seen] = colours * clear + weather.horizon * (1 - clear)
+        return picture
 
     def _sky(self, directions: Array) -> Array:
         """Return the colour of the sky in every direction, [R, 3]."""

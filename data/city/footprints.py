@@ -32,25 +32,28 @@ class Occupancy:
     """Bodies that are already placed, each with its footprint at every checked time."""
 
     def __init__(self, times: int) -> None:
-        self.times = times
-        self._corners: list[Array] = []
+        self.times, self._count = times, 0
+        self._corners = np.empty((64, times, 4, 2))
+        self._radii = np.empty(64)
 
     def free(self, footprint: Array) -> bool:
         """Whether a footprint [T or 1, 4, 2] meets none that is already there, at any time."""
-        if not self._corners:
-            return True
-        others = np.stack(self._corners)
-        centre, other_centres = footprint.mean(-2), others.mean(-2)
-        radius = np.linalg.norm(footprint[0, 0] - centre[0])
-        radii = np.linalg.norm(others[:, 0, 0] - other_centres[:, 0], axis=-1)
-        gap = np.linalg.norm(other_centres - centre, axis=-1).min(-1)
-        near = np.flatnonzero(gap < radius + radii)
+        others = self.taken()
+        centre = (footprint[:, 0] + footprint[:, 2]) / 2
+        apart = (others[:, :, 0] + others[:, :, 2]) / 2 - centre
+        reach = np.linalg.norm(footprint[0, 0] - centre[0]) + self._radii[: self._count]
+        near = np.flatnonzero((apart**2).sum(-1).min(-1) < reach**2)
         return len(near) == 0 or not overlap(footprint, others[near]).any()
 
     def add(self, footprint: Array) -> None:
         """Claim a footprint [T or 1, 4, 2]."""
-        self._corners.append(np.broadcast_to(footprint, (self.times, 4, 2)))
+        if self._count == len(self._radii):
+            self._corners = np.concatenate([self._corners, np.empty_like(self._corners)])
+            self._radii = np.concatenate([self._radii, np.empty_like(self._radii)])
+        self._corners[self._count] = footprint
+        self._radii[self._count] = np.linalg.norm(footprint[0, 0] - footprint[0, 2]) / 2
+        self._count += 1
 
     def taken(self) -> Array:
         """Return all footprints, [N, T, 4, 2]."""
-        return np.stack(self._corners) if self._corners else np.empty((0, self.times, 4, 2))
+        return self._corners[: self._count]

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from nuscenes.utils.splits import create_splits_scenes
-
 from data.city.config import CityConfig
 from data.city.scene import ScenePlan, SceneWriter
 from data.city.schema import SHARED, TABLES, Record, coco_categories, shared_tables
 
-Progress = Callable[[int, int, str], None]
-"""Called with scenes done, scenes in all, and the name of the latest."""
+Progress = Callable[[int, str], None]
+"""Called with the number of scenes done and the name of the latest."""
 
 _SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
 
@@ -35,6 +33,8 @@ def plan_scenes(config: CityConfig, version: str) -> list[ScenePlan]:
     Raises:
         ValueError: the version is not one of the two.
     """
+    from nuscenes.utils.splits import create_splits_scenes  # here: its imports take seconds, and no worker needs it
+
     if version not in _SPLITS:
         raise ValueError(f"no city can be made for version {version!r}; allowed: {', '.join(_SPLITS)}")
     names = create_splits_scenes()
@@ -80,10 +80,10 @@ def generate(
     done = [plan for plan in plans if (store / plan.name).is_dir()]
     report = progress or (lambda *_: None)
     if done:
-        report(len(done), len(plans), "found from an earlier run")
+        report(len(done), "kept from an earlier run")
     todo = [plan for plan in plans if plan not in done]
     for count, name in enumerate(_make_scenes(todo, config, store, workers), len(done) + 1):
-        report(count, len(plans), name)
+        report(count, name)
     _publish(plans, store, out_dir, version)
     shutil.rmtree(scratch)
 

@@ -151,11 +151,12 @@ def tube(
     """Return a cylinder or cone from start to end."""
     a, b = np.array(start, np.float32), np.array(end, np.float32)
     axis = (b - a) / np.linalg.norm(b - a)
-    helper = np.float32([0, 0, 1]) if abs(axis[2]) < 0.9 else np.float32([1, 0, 0])
-    u = np.cross(helper, axis)
+    x, y, z = axis.tolist()
+    u = np.float32([-y, x, 0] if abs(z) < 0.9 else [0, -z, y])
     u /= np.linalg.norm(u)
+    v = np.float32([y * u[2] - z * u[1], z * u[0] - x * u[2], x * u[1] - y * u[0]])  # axis x u
     angle = (np.arange(sides, dtype=np.float32) + 0.5) * 2 * np.pi / sides
-    circle = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * np.cross(axis, u)
+    circle = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * v
     return _loft(a + radius * circle, b + (radius if end_radius is None else end_radius) * circle, material, material)
 
 

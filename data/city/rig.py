@@ -72,7 +72,14 @@ def se3(rotation: Array, translation: Array) -> Array:
 
 def planar(x: float, y: float, z: float, yaw: float) -> Array:
     """Return the [4, 4] pose of an upright body."""
-    return se3(Rotation.from_euler("z", yaw).as_matrix(), np.array([x, y, z]))
+    c, s = np.cos(yaw), np.sin(yaw)
+    return se3(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]), np.array([x, y, z]))
+
+
+def upright_quaternion(yaw: float) -> list[float]:
+    """Return w, x, y, z of a turn about z, w >= 0."""
+    half = (yaw + np.pi) % (2 * np.pi) / 2 - np.pi / 2
+    return [float(np.cos(half)), 0.0, 0.0, float(np.sin(half))]
 
 
 def quaternion(rotation: Array) -> list[float]:

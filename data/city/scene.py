@@ -166,7 +166,8 @@ class SceneWriter:
         camera = kind == "jpg"
         own = self.token("data", channel, stamp)
         self.tables["ego_pose"].append({
-            "token": own, "timestamp": stamp, "rotation": rig.quaternion(ego[:3, :3]), "translation": ego[:3, 3].tolist(),
+            "token": own, "timestamp": stamp, "rotation": rig.upright_quaternion(np.arctan2(ego[1, 0], ego[0, 0])),
+            "translation": ego[:3, 3].tolist(),
         })  # fmt: skip
         record = {
             "token": own, "sample_token": self.token("sample", keyframe), "ego_pose_token": own,
@@ -234,7 +235,7 @@ class SceneWriter:
                 "instance_token": instance, "visibility_token": sighting["visibility"],
                 "attribute_tokens": [token("attribute", body.attribute)] if body.attribute else [],
                 "translation": [x, y, z], "size": [width, length, height],
-                "rotation": rig.quaternion(rig.planar(0, 0, 0, yaw)[:3, :3]),
+                "rotation": rig.upright_quaternion(yaw),
                 "prev": tokens[k - 1] if k else "", "next": tokens[k + 1] if k + 1 < len(tokens) else "",
                 "num_lidar_pts": sighting["lidar"], "num_radar_pts": sighting["radar"],
             })  # fmt: skip

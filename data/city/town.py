@@ -123,18 +123,20 @@ def furniture(rng: np.random.Generator, roads: list[Road], ground: Ground, occup
     """Place trees, lamps, signs, bins and hedges along the pavements, and claim their ground."""
     parts = []
     trees, lamps = rng.uniform(0.2, 0.9), rng.uniform(24, 36)
+    nursery = [shapes.tree(rng) for _ in range(10)]
+    lamp = shapes.street_lamp(rng)
     for road in roads:
         for side in (-1, 1):
             inward = -side * np.pi / 2
             wishes: list[tuple[Mesh, float, float, float, float]] = []  # mesh, s, offset, turn, radius
             for s in np.arange(rng.uniform(0, lamps), road.length, lamps):
-                wishes.append((shapes.street_lamp(rng), s, road.kerb + 0.45, inward, 0.15))
+                wishes.append((lamp, s, road.kerb + 0.45, inward, 0.15))
             for s in np.arange(rng.uniform(0, 11), road.length, 11):
                 if rng.random() < trees:
-                    wishes.append((shapes.tree(rng), s + rng.uniform(-3, 3), road.kerb + 0.6, rng.uniform(0, 6.28), 0.3))
+                    wishes.append((nursery[rng.integers(10)], s + rng.uniform(-3, 3), road.kerb + 0.6, rng.uniform(0, 6.28), 0.3))
                 if rng.random() < 0.35:
                     offset = road.kerb + PAVEMENT + rng.uniform(2, 14)
-                    wishes.append((shapes.tree(rng), s, offset, rng.uniform(0, 6.28), 1.2))
+                    wishes.append((nursery[rng.integers(10)], s, offset, rng.uniform(0, 6.28), 1.2))
                 if rng.random() < 0.12:
                     wishes.append((shapes.sign(rng), s + 4, road.kerb + 0.4, 0 if side < 0 else np.pi, 0.3))
                 if rng.random() < 0.1:

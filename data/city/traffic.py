@@ -147,7 +147,7 @@ def _drive(rng: Rng, category: str, road: int, s: float, offset: float, speed: f
 def lane_traffic(rng: Rng, roads: list[Road], road: int, near: tuple[float, float], speed: float) -> list[Actor]:
     """Fill the lanes of a road between s = near[0] and near[1] with platoons and queues."""
     street, actors = roads[road], []
-    sparse = rng.uniform(35, 120)
+    sparse = rng.uniform(50, 170)
     for direction in (1, -1):
         for lane in range(street.lanes):
             offset = -direction * (lane + 0.5) * LANE
@@ -239,11 +239,11 @@ def people(rng: Rng, roads: list[Road], road: int, near: tuple[float, float]) ->
             s = float(s + rng.uniform(-3, 3))
             draw = rng.random()
             offset = side * (street.kerb + rng.uniform(1.0, PAVEMENT - 0.4))
-            if draw < 0.12 * crowd:
+            if draw < 0.10 * crowd:
                 pace = rng.uniform(0.9, 1.6) * rng.choice([-1, 1])
                 category = "human.pedestrian.child" if rng.random() < 0.1 else "human.pedestrian.adult"
                 actors.append(make(rng, category, road, s, offset, pace, 0.0 if pace > 0 else np.pi, "moving"))
-            elif draw < 0.16 * crowd:
+            elif draw < 0.13 * crowd:
                 for turn in rng.uniform(-np.pi, np.pi, rng.integers(1, 4)):
                     place = s + rng.uniform(-1, 1)
                     actors.append(make(rng, "human.pedestrian.adult", road, place, offset + rng.uniform(-0.7, 0.7), 0.0,

@@ -41,18 +41,18 @@ def draw(rng: np.random.Generator) -> Weather:
     exposure = f(rng.uniform(0.9, 1.1))
     if name == "clear":
         sun = _vector(azimuth, np.deg2rad(rng.uniform(25, 65)))
-        light = (f([0.78, 0.74, 0.66]), f([0.46, 0.50, 0.58]), f([0.28, 0.48, 0.82]), f([0.72, 0.82, 0.92]))
+        light = (f([0.95, 0.88, 0.76]), f([0.62, 0.66, 0.74]), f([0.28, 0.48, 0.82]), f([0.72, 0.82, 0.92]))
         air = (rng.uniform(400, 900), rng.uniform(0.2, 0.8), 2.5, 0.0, False)
     elif name == "overcast":
         sun = _vector(azimuth, np.deg2rad(82))
-        light = (f([0.34, 0.34, 0.34]), f([0.58, 0.60, 0.63]), f([0.62, 0.66, 0.71]), f([0.78, 0.80, 0.82]))
+        light = (f([0.42, 0.42, 0.42]), f([0.78, 0.80, 0.83]), f([0.62, 0.66, 0.71]), f([0.78, 0.80, 0.82]))
         air = (rng.uniform(250, 500), 0.9, 3.0, 0.1, False)
     elif name == "dusk":
         sun = _vector(azimuth, np.deg2rad(rng.uniform(9, 16)))
-        light = (f([0.62, 0.40, 0.22]), f([0.30, 0.31, 0.40]), f([0.22, 0.26, 0.46]), f([0.92, 0.62, 0.42]))
+        light = (f([0.80, 0.52, 0.30]), f([0.44, 0.44, 0.54]), f([0.22, 0.26, 0.46]), f([0.92, 0.62, 0.42]))
         air = (rng.uniform(250, 500), 0.7, 5.0, 0.85, False)
     else:
         sun = _vector(azimuth, np.deg2rad(82))
-        light = (f([0.24, 0.24, 0.25]), f([0.50, 0.52, 0.55]), f([0.50, 0.53, 0.57]), f([0.66, 0.68, 0.70]))
+        light = (f([0.32, 0.32, 0.33]), f([0.68, 0.70, 0.73]), f([0.50, 0.53, 0.57]), f([0.66, 0.68, 0.70]))
         air = (rng.uniform(90, 180), 0.5, 4.5, 0.4, True)
     return Weather(name, sun, *(v * exposure for v in light[:2]), *light[2:], *air)

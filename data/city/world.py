@@ -69,10 +69,10 @@ class World:
         def admit(wishes: list[Actor], kind: str) -> None:
             traffic.admit(self.traffic, wishes, self.ground, occupied, times, kind)
 
-        if rng.random() < 0.5:
+        if rng.random() < 0.45:
             admit(traffic.road_works(rng, roads, 0, (near[0] + 50, near[1] - 60)), "any")
         self.parts += town.furniture(rng, roads, self.ground, occupied)
-        spans = [near] + [(95.0 - 50, 95.0 + 50)] * (len(roads) - 1)
+        spans = [near] + [(95.0 - 45, 95.0 + 45)] * (len(roads) - 1)
         for road, span in enumerate(spans):
             pace = (speed or rng.uniform(4, 8)) if road == 0 else rng.uniform(4, 8)
             admit(traffic.lane_traffic(rng, roads, road, span, pace), "street")
