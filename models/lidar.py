@@ -60,7 +60,8 @@ class LidarCenterPoint(Detector):
         else:
             require_spconv(middle["type"])
             encoder = {"num_features": POINT_FEATURES, **encoder}
-            middle = {"in_channels": POINT_FEATURES, "sparse_shape": [cells[2] + 1, cells[1], cells[0]], **middle}
+            middle = {"in_channels": POINT_FEATURES, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
+                      **{key: as_tuples(value) for key, value in middle.items()}}
         self.encoder = MODELS.build(encoder)
         self.middle = MODELS.build(middle)
         self.backbone = MODELS.build(backbone)
@@ -115,6 +116,11 @@ class LidarCenterPoint(Detector):
     def decode(self, prediction: Prediction) -> list[Detections]:
         """Boxes of each sample, in the frame of the batch's points."""
         return self.head.decode(prediction.head)
+
+
+def as_tuples(value: Any) -> Any:
+    """Lists, as YAML has them, as the tuples that SparseEncoder insists on."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def require_spconv(name: str) -> None:

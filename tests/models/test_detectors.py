@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from models.depth_net import DepthBins, depth_loss
 from models.detector import Detector, build_detector
-from tests.models.factory import camera_config, head_config, lidar_config, random_batch, second_fpn
+from tests.models.factory import camera_config, head_config, lidar_config, random_batch, second, second_fpn
 
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "lidar": (lidar_config(), 1),
@@ -198,13 +199,28 @@ def test_depth_loss_by_hand() -> None:
     assert depth_loss(logits, torch.zeros_like(depth), bins) == 0
 
 
-def test_voxels_without_spconv_say_what_to_install() -> None:
-    pytest.importorskip("mmdet3d")
-    import importlib.util
+VOXELS = lidar_config(
+    voxel={"size": [0.1, 0.1, 0.2], "max_points": 10, "max_voxels": [9000, 12000]},
+    encoder={"type": "HardSimpleVFE"},
+    middle={"type": "SparseEncoder", "output_channels": 128, "order": ["conv", "norm", "act"],
+            "encoder_channels": [[16, 16, 32], [32, 32, 64], [64, 64, 128], [128, 128]],
+            "encoder_paddings": [[0, 0, 1], [0, 0, 1], [0, 0, [0, 1, 1]], [0, 0]], "block_type": "basicblock"},
+    backbone=second(256, [1, 2]),
+)
 
+
+def test_voxels_without_spconv_say_what_to_install() -> None:
     if importlib.util.find_spec("spconv") is not None:
         pytest.skip("spconv is installed")
-    config = lidar_config(voxel={"size": [0.1, 0.1, 0.2], "max_points": 10, "max_voxels": 1000},
-                          encoder={"type": "HardSimpleVFE"}, middle={"type": "SparseEncoder"})
     with pytest.raises(ModuleNotFoundError, match="pip install spconv"):
-        build_detector(config)
+        build_detector(VOXELS)
+
+
+def test_voxels_with_spconv_detect_on_the_same_grid() -> None:
+    pytest.importorskip("spconv")
+    detector = build_detector(VOXELS).eval()
+    batch = random_batch()
+    with torch.no_grad():
+        prediction = detector(batch, ["bev_lift"])
+    assert prediction.taps["bev_lift"].shape == (2, 256, 32, 32)
+    assert len(detector.decode(prediction)) == 2
