@@ -237,25 +237,29 @@ def _footprints(axes: Axes, shown: Boxes, colours: Sequence[str], style: str | t
     axes.add_collection(LineCollection(list(ticks), colors=colours, linewidths=width, zorder=3))
 
 
-def compose(rows: Sequence[Sequence[Picture]], caption: str) -> Picture:
-    """Panels side by side in rows, each row centred, with a caption below."""
-    blocks = [_beside(row) for row in rows]
-    width = max(block.shape[1] for block in blocks)
-    parts = [part for block in blocks for part in (_widen(block, width), _blank(2 * _GAP, width))]
-    return np.concatenate([*parts, _caption(caption, width)])
+def compose(truth: tuple[Picture, Picture], predicted: tuple[Picture, Picture], caption: str) -> Picture:
+    """One picture of a keyframe: the cameras of truth and predictions in a column, the bird's-eye views beside them.
+
+    Args:
+        truth: cameras and bird's-eye view of the truth.
+        predicted: the same of the predictions.
+        caption: the line below.
+    """
+    views = [truth[1], predicted[1]]
+    tall = views[0].shape[0] <= 1.2 * truth[0].shape[0]  # the bird's-eye views fit on top of one another
+    columns = [_stack([truth[0], predicted[0]]), *([_stack(views)] if tall else views)]
+    height = max(column.shape[0] for column in columns)
+    parts = [part for column in columns for part in (_lengthen(column, height), _blank(height, 3 * _GAP))][:-1]
+    body = np.concatenate(parts, axis=1)
+    return np.concatenate([body, _caption(caption, body.shape[1])])
 
 
-def _beside(row: Sequence[Picture]) -> Picture:
-    height = max(panel.shape[0] for panel in row)
-    filled = [np.concatenate([panel, _blank(height - panel.shape[0], panel.shape[1])]) for panel in row]
-    parts = [part for panel in filled for part in (panel, _blank(height, 4 * _GAP))]
-    return np.concatenate(parts[:-1], axis=1)
+def _stack(panels: Sequence[Picture]) -> Picture:
+    return np.concatenate([part for panel in panels for part in (panel, _blank(2 * _GAP, panel.shape[1]))][:-1])
 
 
-def _widen(block: Picture, width: int) -> Picture:
-    left = (width - block.shape[1]) // 2
-    height = block.shape[0]
-    return np.concatenate([_blank(height, left), block, _blank(height, width - block.shape[1] - left)], axis=1)
+def _lengthen(panel: Picture, height: int) -> Picture:
+    return np.concatenate([panel, _blank(height - panel.shape[0], panel.shape[1])])
 
 
 def _blank(height: int, width: int) -> Picture:

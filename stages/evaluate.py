@@ -188,8 +188,8 @@ def draw_panels(
 
 
 def _log_scene(context: StageContext, panels: Mapping[str, pictures.Picture], caption: str, name: str) -> None:
-    """One picture with truth above predictions for the tracker."""
-    rows = [[panels["truth-cameras"], panels["truth-bev"]], [panels["cameras"], panels["bev"]]]
+    """One picture with truth and predictions for the tracker."""
+    truth, predicted = (panels["truth-cameras"], panels["truth-bev"]), (panels["cameras"], panels["bev"])
     path = context.scratch / f"scene-{name}.jpg"
-    pictures.save(pictures.compose(rows, caption), path)
+    pictures.save(pictures.compose(truth, predicted, caption), path)
     context.tracker.log_artifact(path, "pictures")

@@ -79,7 +79,7 @@ def build(
         number=number,
         difference=difference,
     )
-    return Report(html, markdown(table, lines), plain(table, lines))
+    return Report(html, markdown(table, lines), plain(comparison(study, brief=True), lines))
 
 
 def _best(study: Study) -> Arm | None:

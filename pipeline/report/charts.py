@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pipeline.report.results import Arm, Study
 from pipeline.report.tables import DASH, difference, number
@@ -152,31 +153,51 @@ class Graph:
     height: float
 
 
-NODE = (118.0, 46.0)  # width, height of a stage's box
-PITCH = (156.0, 74.0)  # from one column, one row to the next
+NODE = (134.0, 46.0)  # width, height of a stage's box
+PITCH = (172.0, 74.0)  # from one column, one row to the next
+Point = tuple[float, float]
 
 
 def graph(stages: Mapping[str, int], edges: Sequence[tuple[str, str]]) -> Graph:
-    """Lay out a DAG of stages: column = longest path from a source, rows centred.
+    """Lay out a DAG of stages: column = longest path from a source; a long edge has a place in every column it crosses.
 
     Args:
         stages: name -> number of instances, in the order of the file.
         edges: (from, to) pairs of names.
     """
     direct = reduced(edges)
-    depth = _depths(stages, direct)
-    columns: dict[int, list[str]] = {}
-    for name in stages:
-        columns.setdefault(depth[name], []).append(name)
-    height = PITCH[1] * max(len(names) for names in columns.values())
+    chains = _chains(direct, depth := _depths(stages, direct))
+    columns = _columns(stages, depth, chains)
+    height = PITCH[1] * max(len(names) for names in columns)
     centre = {
         name: (NODE[0] / 2 + 2 + PITCH[0] * column, height / 2 + PITCH[1] * (row - (len(names) - 1) / 2))
-        for column, names in columns.items()
+        for column, names in enumerate(columns)
         for row, name in enumerate(names)
     }
     nodes = [Node(name, count, *centre[name]) for name, count in stages.items()]
-    links = [_link(centre[a], centre[b]) for a, b in direct]
-    return Graph(nodes, links, PITCH[0] * max(columns) + NODE[0] + 4, height)
+    links = [_link([centre[place] for place in chain]) for chain in chains]
+    return Graph(nodes, links, PITCH[0] * (len(columns) - 1) + NODE[0] + 4, height)
+
+
+def _chains(edges: Sequence[tuple[str, str]], depth: Mapping[str, int]) -> list[list[str]]:
+    """Per edge the places it visits, one per column: its ends, and between them places of its own."""
+    return [[a, *(f"{a} > {b} {column}" for column in range(depth[a] + 1, depth[b])), b] for a, b in edges]
+
+
+def _columns(stages: Mapping[str, int], depth: Mapping[str, int], chains: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The places of every column from top to bottom, sorted by the mean height of what leads to them."""
+    columns: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
+    for name in stages:
+        columns[depth[name]].append(name)
+    for chain in chains:
+        for offset, place in enumerate(chain[1:-1], depth[chain[0]] + 1):
+            columns[offset].append(place)
+    height: dict[str, float] = {}
+    for column in columns:
+        sources = {place: [a for chain in chains for a, b in pairwise(chain) if b == place] for place in column}
+        column.sort(key=lambda place: sum(height[a] for a in sources[place]) / max(1, len(sources[place])))
+        height |= {place: row - (len(column) - 1) / 2 for row, place in enumerate(column)}
+    return columns
 
 
 def _depths(stages: Mapping[str, int], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -200,7 +221,17 @@ def reduced(edges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in unique if not any(b in reachable(other) for other in after[a] if other != b)]
 
 
-def _link(start: tuple[float, float], end: tuple[float, float]) -> str:
-    x0, x1 = start[0] + NODE[0] / 2, end[0] - NODE[0] / 2 - 5
-    middle = (x0 + x1) / 2
-    return f"M{x0:.0f},{start[1]:.0f} C{middle:.0f},{start[1]:.0f} {middle:.0f},{end[1]:.0f} {x1:.0f},{end[1]:.0f}"
+def _link(places: Sequence[Point]) -> str:
+    """A smooth line from the right side of the first box, through the places between, to the left side of the last."""
+    (x, y), *rest = places
+    path = f"M{x + NODE[0] / 2:.0f},{y:.0f}"
+    x += NODE[0] / 2
+    for step, (next_x, next_y) in enumerate(rest, 1):
+        entry, leave = next_x - NODE[0] / 2, next_x + NODE[0] / 2
+        last = step == len(rest)
+        entry -= 5 if last else 0  # room for the arrow's head
+        middle = (x + entry) / 2
+        path += f" C{middle:.0f},{y:.0f} {middle:.0f},{next_y:.0f} {entry:.0f},{next_y:.0f}"
+        path += "" if last else f" H{leave:.0f}"
+        x, y = leave, next_y
+    return path

@@ -35,16 +35,22 @@ class Table:
     rows: list[list[str]]
 
 
-def comparison(study: Study) -> Table:
-    """One row per teacher and per variant: mAP, NDS, differences to the baseline, the five errors."""
+def comparison(study: Study, *, brief: bool = False) -> Table:
+    """One row per teacher and per variant: mAP, NDS, differences to the baseline, the five errors.
+
+    `brief` leaves out the intervals of the errors, for a terminal.
+    """
     present = ["mAP present"] if study.absent else []
     head = ["model", "seeds", "mAP", "Δ mAP", *present, "NDS", "Δ NDS", *ERRORS, "params"]
-    return Table(head, [_row(study, arm) for arm in study.arms])
+    return Table(head, [_row(study, arm, brief) for arm in study.arms])
 
 
-def _row(study: Study, arm: Arm) -> list[str]:
+def _row(study: Study, arm: Arm, brief: bool) -> list[str]:
     name = f"{arm.name} (teacher)" if arm.kind == "teacher" else arm.name
     present = [number(arm.mean("mAP_present"))] if study.absent else []
+    errors = [number(arm.mean(error)) for error in ERRORS]
+    if brief:
+        errors = [text.partition(" ")[0] for text in errors]
     return [
         name,
         str(len(arm.runs)),
@@ -53,7 +59,7 @@ def _row(study: Study, arm: Arm) -> list[str]:
         *present,
         number(arm.mean("NDS")),
         difference(study.gain(arm, "NDS")),
-        *(number(arm.mean(error)) for error in ERRORS),
+        *errors,
         f"{arm.first['parameters'] / 1e6:.2f} M",
     ]
 
