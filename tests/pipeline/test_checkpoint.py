@@ -104,9 +104,14 @@ def test_leftovers_of_killed_writes_are_removed(checkpoints: Checkpoints) -> Non
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="boom"), replacing(target) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError("boom")
+
+    def fail() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

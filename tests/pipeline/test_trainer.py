@@ -118,7 +118,7 @@ def test_ema_off_is_the_last_state() -> None:
 def test_ranks_share_the_steps_of_one_process(length: int, seed: int, world: int, accumulate: int) -> None:
     batch = min(8, length // 8 * 8) or 8
     length = max(length, batch)
-    one = [keys for keys in StepBatches(length, batch, 2, seed)]
+    one = list(StepBatches(length, batch, 2, seed))
     parts = [
         list(StepBatches(length, batch, 2, seed, rank=r, world=world, accumulate=accumulate)) for r in range(world)
     ]

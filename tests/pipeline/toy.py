@@ -1,4 +1,4 @@
-"""A small task for tests of the trainer: a convolutional net with dropout on random images, in one process or as a script.
+"""A small task for tests of the trainer: a convolutional net with dropout on random images; also a script.
 
 python tests/pipeline/toy.py FOLDER [key=value ...]     keys: the fields of TrainConfig, and those of `run`
 """
@@ -51,7 +51,7 @@ class ToyDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: Any) -> tuple[str, Tensor, Tensor]:
         _, _, item = key
         image = torch.from_numpy(np.random.default_rng(item).normal(size=(3, 8, 8)).astype(np.float32))
-        noisy = image + 0.1 * torch.randn(3, 8, 8) + float(np.random.normal()) * 0.01
+        noisy = image + 0.1 * torch.randn(3, 8, 8) + float(np.random.normal()) * 0.01  # noqa: NPY002
         if item == self.poison:
             noisy[0, 0, 0] = torch.nan
         return f"token-{item}", noisy, image.mean().reshape(1)
@@ -63,7 +63,7 @@ def collate(samples: list[tuple[str, Tensor, Tensor]]) -> ToyBatch:
 
 
 class ToyTask:
-    """Regression of the mean of an image; `norm` adds a batch norm, `dropout` draws in the step, `width` adds weight."""
+    """Regression of the mean of an image; `norm` is a batch norm, `dropout` draws in the step, `width` adds weight."""
 
     def __init__(self, norm: bool = True, dropout: float = 0.1, width: int = 4, pause: float = 0.0) -> None:
         torch.manual_seed(0)

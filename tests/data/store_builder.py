@@ -1,0 +1,55 @@
+"""Builds a small store, in a test's process or as a script: python store_builder.py FOLDER [SECONDS_PER_SAMPLE]."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data.store import StoreIdentity, StoreWriter, TapSpec  # noqa: E402
+
+IDENTITY = StoreIdentity(weights="w1", preprocessing="p1", index="i1", code="c1", dtype="float16")
+TAPS = {"bev_lift": TapSpec("float16", (4, 8, 8)), "boxes": TapSpec("float32", (None, 11))}
+TOKENS = [f"token-{i:02d}" for i in range(22)]
+SHARD = 4
+
+
+def arrays(token: str) -> dict[str, NDArray[Any]]:
+    """Outputs of a sample: a map, and 0 to 4 boxes."""
+    number = int(token[-2:])
+    rng = np.random.default_rng(number)
+    return {
+        "bev_lift": rng.normal(3, 2, (4, 8, 8)).astype(np.float32),
+        "boxes": rng.normal(size=(number % 5, 11)).astype(np.float32),
+    }
+
+
+def build(folder: Path, *, seconds: float = 0.0, tokens: list[str] = TOKENS, **changes: Any) -> list[int]:
+    """Build what is missing; returns the shards that were written."""
+    settings: dict[str, Any] = {"identity": IDENTITY, "taps": TAPS, "shard_samples": SHARD} | changes
+
+    def outputs(tokens: list[str]) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+        for token in tokens:
+            time.sleep(seconds)
+            yield token, arrays(token)
+
+    with StoreWriter(folder, tokens=tokens, **settings) as writer:
+        written = writer.missing()
+        for shard in written:
+            writer.write(shard, outputs(writer.shards[shard]))
+            print("finished", shard, flush=True)
+        if writer.world == 1:
+            writer.finish()
+    return written
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), seconds=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
