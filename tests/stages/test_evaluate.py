@@ -17,6 +17,7 @@ from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
 from data.build import build_index
+from data.city import CityConfig, generate
 from data.dataset import NuScenesDataset
 from data.metrics import MetricsError, evaluate_submission, open_tables, split_tokens, summary, write_devkit_files
 from data.submission import SampleDetections, build_submission, write_submission
@@ -112,6 +113,23 @@ def test_the_truth_scores_one_and_has_no_error(
     assert scores["mAOE_present"] == pytest.approx(0, abs=1e-3)  # boxes of these keyframes lean by up to 2.2 degrees
     present = [values["truth"] > 0 for values in scores["classes"].values()]
     assert scores["mAP"] == pytest.approx(sum(present) / 10, abs=1e-6)
+
+
+def test_the_truth_of_a_city_scores_one_in_all_ten_classes(params: Params, project: Path, tmp_path: Path) -> None:
+    size = {"train_scenes": 0, "train_keyframes": 1, "val_scenes": 6, "val_keyframes": 2}
+    config = CityConfig(**size, seed=0, image=(16, 44), sweeps=1, azimuths=360)
+    dataroot, index = tmp_path / "city", tmp_path / "outputs/index"
+    generate(config, dataroot, "v1.0-trainval", workers=2)
+    build_index(dataroot, "v1.0-trainval", ["val"], index)
+    there = params.model_copy(update={"data": params.data.model_copy(update={"dataroot": str(dataroot)})})
+    dataset = evaluate.make_dataset(tmp_path, there, "val", load_detector(project / "outputs/teachers/lidar"))
+    dataset.modalities = frozenset({"boxes"})
+    submission = build_submission(truth_as_detections(dataset), dataset.index, "val", {"camera"})
+    write_submission(submission, tmp_path / "truth.json")
+    scores = summary(evaluate_submission(open_tables(dataroot, "v1.0-trainval"), tmp_path / "truth.json", "val"))
+    assert all(values["truth"] for values in scores["classes"].values())
+    assert scores["mAP"] == 1.0
+    assert [scores[name] for name in ("mATE", "mASE", "mAOE", "mAVE")] == pytest.approx([0, 0, 0, 0], abs=1e-5)
 
 
 @pytest.mark.parametrize("split", SPLITS)
