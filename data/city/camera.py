@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.city.mesh import Material
+from data.city.mesh import Material, vec
 from data.city.raycast import Bodies, Hits, Snapshot, build
 from data.city.rig import Sensor
 from data.city.weather import Weather
@@ -56,7 +56,7 @@ class Renderer:
         self._clouds = _cloud_map(rng)
         self._rng = rng
 
-    def render(self, snapshot: Snapshot, city_SE3_ego: NDArray[np.float64]) -> Pictures:  # noqa: N803
+    def render(self, snapshot: Snapshot, city_SE3_ego: NDArray[np.float64]) -> Pictures:
         """Render all cameras from an ego pose [4, 4]."""
         rotation = city_SE3_ego[:3, :3].astype(np.float32)
         directions = self._rays @ rotation.T
@@ -106,7 +106,9 @@ class Renderer:
         colours[high] += (white - colours[high]) * cover[:, None]
         return colours
 
-    def _surface(self, points: Array, normals: Array, faces: NDArray[np.int32], distance: Array, rays: Array) -> tuple[Array, Array]:
+    def _surface(
+        self, points: Array, normals: Array, faces: NDArray[np.int32], distance: Array, rays: Array
+    ) -> tuple[Array, Array]:
         """Return albedo [R, 3] and own light [R] of surfaces seen at points [R, 3]."""
         world = self.world
         albedo = world.colour[faces]
@@ -117,13 +119,13 @@ class Renderer:
         footprint = distance[ground] * self._pixel / np.sqrt(slope)
         albedo[ground] = world.ground.colour(points[ground, :2], footprint)
         kerb = ground[normals[ground, 2] < 0.5]
-        albedo[kerb] = np.float32([0.66, 0.65, 0.63])
+        albedo[kerb] = vec([0.66, 0.65, 0.63])
         walls = np.flatnonzero(material == Material.FACADE)
         shade, lit = _facade(points[walls], normals[walls], world.building_of_face[faces[walls]], world.weather)
         albedo[walls] = np.where(shade[:, :1] < 0, albedo[walls] * -shade[:, :1], shade)
         glow[walls] += lit
         leaves = np.flatnonzero(material == Material.LEAVES)
-        albedo[leaves] *= (0.75 + 0.5 * _hash(np.floor(points[leaves] * 5) @ np.float32([1.7, 5.3, 11.9])))[:, None]
+        albedo[leaves] *= (0.75 + 0.5 * _hash(np.floor(points[leaves] * 5) @ vec([1.7, 5.3, 11.9])))[:, None]
         glass = np.flatnonzero((material == Material.GLASS) | (material == Material.PAINT))
         reflected = rays[glass] - 2 * np.einsum("ij,ij->i", rays[glass], normals[glass])[:, None] * normals[glass]
         mirror = np.where(material[glass] == Material.GLASS, 0.35, 0.07)[:, None] * (reflected[:, 2:] > 0)
@@ -137,7 +139,7 @@ def _hash(values: Array) -> Array:
 
 
 def _facade(points: Array, normals: Array, building: NDArray[np.int32], weather: Weather) -> tuple[Array, Array]:
-    """Return what windows do to walls: colours [R, 3] of windows, or minus a factor on the wall; and their light [R]."""
+    """Return what windows do to walls: their colours [R, 3], or minus a factor on the wall; and their light [R]."""
     style = _hash(building.astype(np.float32))
     pitch = 2.2 + 2.2 * style
     along = points[:, 0] * -normals[:, 1] + points[:, 1] * normals[:, 0]
@@ -147,9 +149,9 @@ def _facade(points: Array, normals: Array, building: NDArray[np.int32], weather:
     margin = np.where(shop, 0.06, 0.18 + 0.12 * _hash(style * 7))
     window = (u > margin) & (u < 1 - margin) & (v > np.where(shop, 0.12, 0.28)) & (v < 0.82)
     number = _hash(np.floor(column) * 3.1 + np.floor(row) * 7.7 + building)
-    glass = (0.12 + 0.22 * number)[:, None] * np.float32([0.8, 0.95, 1.1])
+    glass = (0.12 + 0.22 * number)[:, None] * vec([0.8, 0.95, 1.1])
     lit = window & (number > 1 - 0.55 * weather.lights)
-    glass = np.where(lit[:, None], np.float32([0.95, 0.82, 0.5]), glass)
+    glass = np.where(lit[:, None], vec([0.95, 0.82, 0.5]), glass)
     wall = np.where((v < 0.06) & (row > 0.5), -0.8, -1.0 + 0.08 * _hash(np.floor(points[:, 2] * 4) + building))
     wall = np.where(shop & ~window, wall * 0.75, wall)
     return np.where(window[:, None], glass, wall[:, None]).astype(np.float32), np.where(lit, 0.6, 0).astype(np.float32)
@@ -166,7 +168,11 @@ def _cloud_map(rng: np.random.Generator) -> Array:
 
 
 def visible_fractions(
-    world: World, boxes: NDArray[np.float64], pictures: Pictures, cameras: list[Sensor], city_SE3_ego: NDArray[np.float64]  # noqa: N803
+    world: World,
+    boxes: NDArray[np.float64],
+    pictures: Pictures,
+    cameras: list[Sensor],
+    city_SE3_ego: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Measure how much of every actor is seen, over all cameras.
 
@@ -199,7 +205,10 @@ def visible_fractions(
 
 
 def _box_rays(
-    boxes: NDArray[np.float64], pictures: Pictures, cameras: list[Sensor], city_SE3_ego: NDArray[np.float64]  # noqa: N803
+    boxes: NDArray[np.float64],
+    pictures: Pictures,
+    cameras: list[Sensor],
+    city_SE3_ego: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the pixels (flat index over cameras, rows, columns) inside the boxes' outlines, and whose they are.
 
@@ -222,7 +231,10 @@ def _box_rays(
 
 
 def outlines(
-    boxes: NDArray[np.float64], camera: Sensor, city_SE3_ego: NDArray[np.float64], image: tuple[int, int]  # noqa: N803
+    boxes: NDArray[np.float64],
+    camera: Sensor,
+    city_SE3_ego: NDArray[np.float64],
+    image: tuple[int, int],
 ) -> NDArray[np.int64]:
     """Return pixel rectangles x0, y0, x1, y1 [N, 4] around projected boxes [N, 7], clipped; empty where out of view."""
     assert camera.intrinsic is not None
@@ -230,7 +242,7 @@ def outlines(
     local = signs * boxes[:, None, 3:6]
     c, s = np.cos(boxes[:, 6:7]), np.sin(boxes[:, 6:7])
     turned = np.stack([c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1], local[..., 2]], -1)
-    camera_SE3_city = np.linalg.inv(city_SE3_ego @ camera.ego_SE3_sensor)  # noqa: N806
+    camera_SE3_city = np.linalg.inv(city_SE3_ego @ camera.ego_SE3_sensor)
     points = (turned + boxes[:, None, :3]) @ camera_SE3_city[:3, :3].T + camera_SE3_city[:3, 3]
     depth = points[..., 2]
     pixels = points @ camera.intrinsic.T
@@ -240,5 +252,3 @@ def outlines(
     rectangle = np.concatenate([low.clip(0, limit), high.clip(0, limit)], 1)
     rectangle[depth.max(1) < 0.1] = 0
     return rectangle.astype(np.int64)
-
-

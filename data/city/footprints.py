@@ -14,7 +14,9 @@ def corners(poses: Array, length: Array | float, width: Array | float) -> Array:
     along = np.stack([c, s], -1) * np.asarray(length)[..., None] / 2
     across = np.stack([-s, c], -1) * np.asarray(width)[..., None] / 2
     centre = poses[..., :2]
-    return np.stack([centre + along + across, centre - along + across, centre - along - across, centre + along - across], -2)
+    return np.stack(
+        [centre + along + across, centre - along + across, centre - along - across, centre + along - across], -2
+    )
 
 
 def overlap(a: Array, b: Array) -> NDArray[np.bool_]:

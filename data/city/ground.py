@@ -15,9 +15,14 @@ RESOLUTION = 0.1
 PLOT, WALK, STREET = 0, 1, 2
 _SHIFT = 4  # binary places of the pixel coordinates that cv2 draws with
 _LEVELS = 5
+_ROW = 256  # cv2.remap takes pictures, so points are arranged in rows
 
 Pixels = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+Number = float | NDArray[np.float64]
 WHITE, YELLOW = (205, 205, 200), (190, 150, 50)
+_GRASS = np.array([[88, 110, 58], [120, 116, 84], [74, 98, 54], [140, 134, 122]])
+_SLABS, _JOINTS, _KERB = (148, 144, 138), (126, 122, 117), (172, 170, 165)
 
 
 @dataclass
@@ -43,9 +48,13 @@ class Ground:
         flipped = np.stack([xy[:, 0], np.float32(self.extent) - xy[:, 1]], 1)
         for k, picture in enumerate(self.levels):
             rays = np.flatnonzero(level == k)
-            size = picture.shape[0]
-            cells = (flipped[rays] * np.float32(1 / (RESOLUTION * 2**k))).astype(np.int32).clip(0, size - 1)
-            out[rays] = picture.reshape(-1, 3)[cells[:, 1] * size + cells[:, 0]] * np.float32(1 / 255)
+            cells = flipped[rays] * np.float32(1 / (RESOLUTION * 2**k)) - np.float32(0.5)
+            padded = np.zeros((-(-len(rays) // _ROW) * _ROW, 2), np.float32)
+            padded[: len(rays)] = cells
+            columns, rows = padded.T.reshape(2, -1, _ROW)
+            sampled = cv2.remap(picture, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            out[rays] = sampled.reshape(-1, 3)[: len(rays)]
+        out *= np.float32(1 / 255)
         return out
 
     def mask(self) -> Pixels:
@@ -67,25 +76,25 @@ class _Painter:
         flipped = np.stack([xy[..., 0], self.extent - xy[..., 1]], -1)
         return np.round((flipped / RESOLUTION - 0.5) * 2**_SHIFT).astype(np.int32)
 
-    def line(self, xy: NDArray[np.floating], width: float, colour: tuple[int, int, int], zone: int | None = None) -> None:
+    def line(self, xy: NDArray[np.floating], width: float, colour: Colour, zone: int | None = None) -> None:
         """Draw a line through points [K, 2]."""
         pixels, thickness = [self.fixed(xy)], max(1, round(width / RESOLUTION))
         cv2.polylines(self.colours, pixels, False, colour, thickness, cv2.LINE_8, _SHIFT)
         if zone is not None:
-            cv2.polylines(self.zones, pixels, False, zone, thickness, cv2.LINE_8, _SHIFT)
+            cv2.polylines(self.zones, pixels, False, (zone,), thickness, cv2.LINE_8, _SHIFT)
 
-    def polygon(self, xy: NDArray[np.floating], colour: tuple[int, int, int]) -> None:
+    def polygon(self, xy: NDArray[np.floating], colour: Colour) -> None:
         """Fill convex polygons [..., K, 2]."""
         for corners in self.fixed(xy).reshape(-1, *xy.shape[-2:]):
             cv2.fillConvexPoly(self.colours, corners, colour, cv2.LINE_8, _SHIFT)
 
 
-def _strips(road: Road, s0: NDArray[np.floating], s1: NDArray[np.floating], low: float, high: float) -> NDArray:
-    """Return quadrilaterals [N, 4, 2] from s0 to s1 [N] between two offsets."""
-    return np.stack([road.at(s0, low), road.at(s1, low), road.at(s1, high), road.at(s0, high)], 1)[..., :2]
+def _strips(road: Road, s0: Number, s1: Number, low: Number, high: Number) -> NDArray[np.float64]:
+    """Return quadrilaterals [..., 4, 2] from s0 to s1 between two offsets."""
+    return np.stack([road.at(s0, low), road.at(s1, low), road.at(s1, high), road.at(s0, high)], -2)[..., :2]
 
 
-def _dashes(painter: _Painter, road: Road, offset: float, dash: float, gap: float, colour: tuple[int, int, int]) -> None:
+def _dashes(painter: _Painter, road: Road, offset: float, dash: float, gap: float, colour: Colour) -> None:
     """Paint a broken line, or with gap 0 a solid one, that leaves the junctions free."""
     start = np.arange(0, road.length - dash, dash + gap)
     start = start[~(road.blocked(start) | road.blocked(start + dash))]
@@ -114,13 +123,10 @@ def _markings(painter: _Painter, road: Road) -> None:
         for direction in (-1, 1):
             near = crossing.s + direction * crossing.clear
             bars = np.arange(-road.kerb + 0.4, road.kerb - 0.4, 1.0)
-            outer = np.full(len(bars), near + direction * 3.0)
-            quads = [np.stack([road.at(near, b), road.at(o, b), road.at(o, b + 0.5), road.at(near, b + 0.5)])
-                     for b, o in zip(bars, outer, strict=True)]  # fmt: skip
-            painter.polygon(np.stack(quads)[..., :2], WHITE)
+            painter.polygon(_strips(road, near, near + direction * 3.0, bars, bars + 0.5), WHITE)
             stop = near + direction * 4.2
             low, high = sorted((0.0, direction * edge))
-            painter.polygon(_strips(road, np.array([stop]), np.array([stop + 0.4 * direction]), low, high), WHITE)
+            painter.polygon(_strips(road, stop, stop + 0.4 * direction, low, high), WHITE)
 
 
 def _speckle(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
@@ -131,6 +137,43 @@ def _speckle(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         grain = rng.normal(0, strength, (cells, cells)).astype(np.float32)
         noise += cv2.resize(grain, (tile, tile), interpolation=cv2.INTER_LINEAR)
     return np.tile(noise, (size // tile + 1,) * 2)[:size, :size]
+
+
+def _shade(colour: NDArray[np.floating], factor: float) -> Colour:
+    r, g, b = (int(v) for v in (colour * factor).clip(0, 255))
+    return r, g, b
+
+
+def _meadow(painter: _Painter, rng: np.random.Generator) -> None:
+    """Fill the picture with ground that is nobody's, in lighter and darker patches."""
+    grass = _GRASS[rng.integers(len(_GRASS))].astype(np.float64)
+    painter.colours[:] = grass
+    for _ in range(40):
+        x, y = painter.fixed(rng.uniform(0, painter.extent, 2)).tolist()
+        radius = int(rng.uniform(3, 12) / RESOLUTION * 2**_SHIFT)
+        cv2.circle(painter.colours, (x, y), radius, _shade(grass, rng.uniform(0.85, 1.1)), -1, cv2.LINE_8, _SHIFT)
+
+
+def _surfaces(painter: _Painter, roads: list[Road], asphalt: Colour) -> None:
+    """Lay pavements, kerbs and asphalt, each for all roads, so that junctions are open."""
+    for road in roads:
+        painter.line(road.points, 2 * (road.kerb + PAVEMENT), _SLABS, WALK)
+    for road in roads:
+        start = np.arange(0, road.length, 1.6)
+        painter.polygon(_strips(road, start, start + 0.1, -road.kerb - PAVEMENT, road.kerb + PAVEMENT), _JOINTS)
+    for road in roads:
+        painter.line(road.points, 2 * (road.kerb + 0.2), _KERB)
+    for road in roads:
+        painter.line(road.points, 2 * road.kerb, asphalt, STREET)
+
+
+def _repairs(painter: _Painter, road: Road, rng: np.random.Generator, asphalt: NDArray[np.floating]) -> None:
+    """Paint darker rectangles of newer asphalt."""
+    for s in rng.uniform(0, road.length, 8):
+        low = rng.uniform(-road.kerb, road.kerb - 2)
+        end = s + rng.uniform(2, 9)
+        strip = _strips(road, s, end, low, low + rng.uniform(0.8, 2))
+        painter.polygon(strip, _shade(asphalt, rng.uniform(0.78, 0.93)))
 
 
 def paint(rng: np.random.Generator, extent: float, roads: list[Road], yards: NDArray[np.floating], wet: bool) -> Ground:
@@ -144,37 +187,20 @@ def paint(rng: np.random.Generator, extent: float, roads: list[Road], yards: NDA
         wet: whether asphalt is dark with rain.
     """
     painter = _Painter(extent)
-    grass = np.array([[88, 110, 58], [120, 116, 84], [74, 98, 54], [140, 134, 122]])[rng.integers(4)]
-    painter.colours[:] = grass
-    for _ in range(40):  # lighter and darker patches
-        centre, radius = rng.uniform(0, extent, 2), rng.uniform(3, 12)
-        shade = tuple(int(v) for v in grass * rng.uniform(0.85, 1.1))
-        cv2.circle(painter.colours, painter.fixed(centre).tolist(), int(radius / RESOLUTION * 2**_SHIFT), shade, -1, 8, _SHIFT)
+    _meadow(painter, rng)
     asphalt = np.array([72, 73, 76]) * rng.uniform(0.75, 1.25) * (0.72 if wet else 1.0)
-    grey = tuple(int(v) for v in asphalt)
     if len(yards):
-        painter.polygon(yards, tuple(int(v) for v in asphalt * 1.15))
+        painter.polygon(yards, _shade(asphalt, 1.15))
+    _surfaces(painter, roads, _shade(asphalt, 1.0))
     for road in roads:
-        painter.line(road.points, 2 * (road.kerb + PAVEMENT), (148, 144, 138), WALK)
-    for road in roads:
-        start = np.arange(0, road.length, 1.6)
-        painter.polygon(_strips(road, start, start + 0.1, -road.kerb - PAVEMENT, road.kerb + PAVEMENT), (126, 122, 117))
-    for road in roads:
-        painter.line(road.points, 2 * (road.kerb + 0.2), (172, 170, 165))
-    for road in roads:
-        painter.line(road.points, 2 * road.kerb, grey, STREET)
-    for road in roads:  # repaired asphalt
-        for s in rng.uniform(0, road.length, 8):
-            low = rng.uniform(-road.kerb, road.kerb - 2)
-            shade = tuple(int(v) for v in asphalt * rng.uniform(0.78, 0.93))
-            length = np.array([s + rng.uniform(2, 9)])
-            painter.polygon(_strips(road, np.array([s]), length, low, low + rng.uniform(0.8, 2)), shade)
+        _repairs(painter, road, rng, asphalt)
     for road in roads:
         _markings(painter, road)
     speckle = _speckle(rng, len(painter.zones))
     textured = cv2.multiply(painter.colours, cv2.merge([speckle] * 3), dtype=cv2.CV_8U)
-    levels = [textured]
+    levels = [np.asarray(textured, np.uint8)]
     for _ in range(_LEVELS - 1):
-        half = tuple(max(1, n // 2) for n in levels[-1].shape[:2])
-        levels.append(cv2.resize(levels[-1], half[::-1], interpolation=cv2.INTER_AREA))
+        height, width = levels[-1].shape[:2]
+        half = cv2.resize(levels[-1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+        levels.append(np.asarray(half, np.uint8))
     return Ground(extent, painter.zones, levels)

@@ -24,13 +24,13 @@ class Sweep(NamedTuple):
     points: Array  # [P, 5] x, y, z in the LiDAR frame (m), intensity 0-255, ring
 
 
-def scan(world: World, snapshot: Snapshot, sensor: Sensor, city_SE3_ego: NDArray[np.float64],  # noqa: N803
+def scan(world: World, snapshot: Snapshot, sensor: Sensor, city_SE3_ego: NDArray[np.float64],
          azimuths: int, rng: np.random.Generator) -> Sweep:  # fmt: skip
     """Turn once, all beams at the same instant, from an ego pose [4, 4]."""
     turn = (np.arange(azimuths) + rng.random()) * (2 * np.pi / azimuths)
     elevation, azimuth = np.tile(ELEVATIONS, azimuths), np.repeat(turn, BEAMS)
     rays = np.stack([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], 1)
-    city_SE3_lidar = city_SE3_ego @ sensor.ego_SE3_sensor  # noqa: N806
+    city_SE3_lidar = city_SE3_ego @ sensor.ego_SE3_sensor
     directions = (rays @ city_SE3_lidar[:3, :3].T).astype(np.float32)
     origins = np.tile(city_SE3_lidar[:3, 3].astype(np.float32), (len(rays), 1))
     hits = snapshot.cast(origins, directions)

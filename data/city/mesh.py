@@ -69,6 +69,11 @@ REFLECTIVITY: Array = np.array([_APPEARANCE[m][1] for m in Material], np.float32
 GLOW: Array = np.array([_APPEARANCE[m][2] for m in Material], np.float32)
 
 
+def vec(values: Sequence[float] | Sequence[Sequence[float]]) -> Array:
+    """Return values as float32."""
+    return np.array(values, np.float32)
+
+
 class Mesh(NamedTuple):
     """Triangles with a material each."""
 
@@ -89,7 +94,7 @@ class Mesh(NamedTuple):
 
 def merge(meshes: Sequence[Mesh]) -> Mesh:
     """Put meshes into one, in order."""
-    starts = np.cumsum([0] + [len(m.vertices) for m in meshes[:-1]])
+    starts = np.cumsum([0, *(len(m.vertices) for m in meshes[:-1])])
     return Mesh(
         np.concatenate([m.vertices for m in meshes]).astype(np.float32),
         np.concatenate([m.faces + start for m, start in zip(meshes, starts, strict=True)]).astype(np.int32),
@@ -136,7 +141,7 @@ def prism(profile: Sequence[tuple[float, float]], y0: float, y1: float, material
     """Extrude a convex side view, points (x, z), from y0 to y1."""
     x, z = np.array(profile, np.float32).T
     ring = np.stack([x, np.zeros_like(x), z], 1)
-    return _loft(ring + np.float32([0, y0, 0]), ring + np.float32([0, y1, 0]), material, material)
+    return _loft(ring + vec([0, y0, 0]), ring + vec([0, y1, 0]), material, material)
 
 
 def tube(
@@ -152,9 +157,9 @@ def tube(
     a, b = np.array(start, np.float32), np.array(end, np.float32)
     axis = (b - a) / np.linalg.norm(b - a)
     x, y, z = axis.tolist()
-    u = np.float32([-y, x, 0] if abs(z) < 0.9 else [0, -z, y])
+    u = vec([-y, x, 0] if abs(z) < 0.9 else [0, -z, y])
     u /= np.linalg.norm(u)
-    v = np.float32([y * u[2] - z * u[1], z * u[0] - x * u[2], x * u[1] - y * u[0]])  # axis x u
+    v = vec([y * u[2] - z * u[1], z * u[0] - x * u[2], x * u[1] - y * u[0]])  # axis x u
     angle = (np.arange(sides, dtype=np.float32) + 0.5) * 2 * np.pi / sides
     circle = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * v
     return _loft(a + radius * circle, b + (radius if end_radius is None else end_radius) * circle, material, material)
@@ -164,7 +169,7 @@ def ring(x: float, y: float, z: float, outer: float, inner: float, material: Mat
     """Return a flat, upright annulus in the x-z plane: a wheel that can be seen through."""
     angle = np.arange(sides) * 2 * np.pi / sides
     circle = np.stack([np.cos(angle), np.zeros(sides), np.sin(angle)], 1)
-    vertices = np.concatenate([outer * circle, inner * circle]) + [x, y, z]
+    vertices = np.concatenate([outer * circle, inner * circle]) + vec([x, y, z])
     k = np.arange(sides)
     after = (k + 1) % sides
     faces = np.concatenate([np.stack([k, after, after + sides], 1), np.stack([k, after + sides, k + sides], 1)])
@@ -183,6 +188,6 @@ def ellipsoid(centre: Sequence[float], radii: Sequence[float], material: Materia
     ab, bc, ca = a + b, b + c, c + a
     corners = np.concatenate([np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
     corners = corners / np.linalg.norm(corners, axis=-1, keepdims=True)
-    vertices = (corners * np.float32(radii) + np.float32(centre)).reshape(-1, 3)
+    vertices = (corners * vec(radii) + vec(centre)).reshape(-1, 3)
     faces = np.arange(len(vertices), dtype=np.int32).reshape(-1, 3)
     return Mesh(vertices.astype(np.float32), faces, np.full(len(faces), material, np.uint8))

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.city.mesh import Material
 from data.city.raycast import Snapshot
 from data.city.rig import Sensor
 from data.city.world import World
 
+Array = NDArray[np.float64]
+
 RANGE = 100.0
-FIELD_OF_VIEW = np.deg2rad(60)  # to either side
+_AZIMUTHS = np.deg2rad(np.linspace(-60, 60, 241))
+_ELEVATIONS = np.deg2rad([-1.5, 0.5, 3.0])
 MAX_RETURNS = 125
 
 FIELDS = np.dtype([
@@ -32,8 +34,15 @@ def _cross_section(category: str) -> tuple[float, float]:
     return _RCS[kind]
 
 
-def scan(world: World, snapshot: Snapshot, sensor: Sensor, city_SE3_ego: NDArray[np.float64],  # noqa: N803
-         ego_velocity: NDArray[np.float64], velocities: NDArray[np.float64], rng: np.random.Generator) -> NDArray:  # fmt: skip
+def scan(
+    world: World,
+    snapshot: Snapshot,
+    sensor: Sensor,
+    city_SE3_ego: NDArray[np.float64],
+    ego_velocity: NDArray[np.float64],
+    velocities: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> NDArray:
     """Return what one RADAR sees at an instant, as records of FIELDS.
 
     Args:
@@ -45,33 +54,36 @@ def scan(world: World, snapshot: Snapshot, sensor: Sensor, city_SE3_ego: NDArray
         velocities: of all actors, city frame, [N, 2] m/s.
         rng: source of noise and of losses.
     """
-    azimuth = np.tile(np.linspace(-FIELD_OF_VIEW, FIELD_OF_VIEW, 241), 3)
-    elevation = np.repeat(np.deg2rad([-1.5, 0.5, 3.0]), 241)
+    azimuth, elevation = np.tile(_AZIMUTHS, len(_ELEVATIONS)), np.repeat(_ELEVATIONS, len(_AZIMUTHS))
     rays = np.stack([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], 1)
-    city_SE3_radar = city_SE3_ego @ sensor.ego_SE3_sensor  # noqa: N806
+    city_SE3_radar = city_SE3_ego @ sensor.ego_SE3_sensor
     directions = (rays @ city_SE3_radar[:3, :3].T).astype(np.float32)
     hits = snapshot.cast(np.tile(city_SE3_radar[:3, 3].astype(np.float32), (len(rays), 1)), directions)
     actor = np.where(hits.face < 0, -1, world.actor_of_face[hits.face])
     table = np.array([*(_cross_section(a.category) for a in world.traffic.actors), _STATIC])  # the last row is -1
-    ground = world.material[hits.face] == Material.GROUND
-    chance = table[actor, 1] * ~((actor < 0) & ground)
-    found = (rng.random(len(rays)) < chance) & (hits.face >= 0) & (hits.distance < RANGE)
-    chosen = np.flatnonzero(found)
-    chosen = np.sort(rng.permutation(chosen)[:MAX_RETURNS])
-    distance = hits.distance[chosen] * np.cos(elevation[chosen]) + rng.normal(0, 0.12, len(chosen))
-    bearing = azimuth[chosen] + rng.normal(0, 0.004, len(chosen))
+    visible = (hits.face >= 0) & (hits.distance < RANGE) & ((actor >= 0) | ~world.is_ground[hits.face])
+    found = np.flatnonzero(visible & (rng.random(len(rays)) < table[actor, 1]))
+    found = np.sort(rng.permutation(found)[:MAX_RETURNS])
+    distance = hits.distance[found] * np.cos(elevation[found]) + rng.normal(0, 0.12, len(found))
+    bearing = azimuth[found] + rng.normal(0, 0.004, len(found))
     unit = np.stack([np.cos(bearing), np.sin(bearing)], 1)
-    motion = np.concatenate([velocities, np.zeros((1, 2))])[actor[chosen]]
-    flat = city_SE3_radar[:2, :2]
-    radial = np.einsum("ij,ij->i", motion @ flat, unit) + rng.normal(0, 0.08, len(chosen))
-    own = (ego_velocity @ flat * unit).sum(1)
-    records = np.zeros(len(chosen), FIELDS)
-    records["x"], records["y"] = (unit * distance[:, None]).T
-    records["vx_comp"], records["vy_comp"] = (unit * radial[:, None]).T
-    records["vx"], records["vy"] = (unit * (radial - own)[:, None]).T
-    records["dyn_prop"] = np.where(np.linalg.norm(motion, axis=1) > 0.3, np.where(radial < -0.3, 2, 0), 1)
-    records["rcs"] = np.round((table[actor[chosen], 0] + rng.normal(0, 3, len(chosen))) * 2) / 2
-    records["id"] = np.arange(len(chosen))
+    motion = np.concatenate([velocities, np.zeros((1, 2))])[actor[found]] @ city_SE3_radar[:2, :2]
+    radial = (motion * unit).sum(1) + rng.normal(0, 0.08, len(found))
+    own = unit @ (ego_velocity @ city_SE3_radar[:2, :2])
+    rcs = np.round((table[actor[found], 0] + rng.normal(0, 3, len(found))) * 2) / 2
+    moving = np.linalg.norm(motion, axis=1) > 0.3
+    return _records(unit * distance[:, None], unit * radial[:, None], unit * (radial - own)[:, None], rcs, moving)
+
+
+def _records(xy: Array, compensated: Array, relative: Array, rcs: Array, moving: NDArray[np.bool_]) -> NDArray:
+    """Fill records from positions and velocities [R, 2] and cross sections [R]; the rest says: a valid return."""
+    records = np.zeros(len(xy), FIELDS)
+    records["x"], records["y"] = xy.T
+    records["vx_comp"], records["vy_comp"] = compensated.T
+    records["vx"], records["vy"] = relative.T
+    records["rcs"], records["id"] = rcs, np.arange(len(xy))
+    approaching = (xy * compensated).sum(1) < 0
+    records["dyn_prop"] = np.where(moving, np.where(approaching, 2, 0), 1)  # moving, oncoming, stationary
     records["is_quality_valid"], records["ambig_state"], records["pdh0"] = 1, 3, 1
     records["x_rms"] = records["y_rms"] = 19
     records["vx_rms"] = records["vy_rms"] = 3

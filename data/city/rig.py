@@ -53,7 +53,7 @@ class Sensor(NamedTuple):
     intrinsic: Array | None  # [3, 3] pixels; None unless a camera
 
     @property
-    def ego_SE3_sensor(self) -> Array:  # noqa: N802
+    def ego_SE3_sensor(self) -> Array:
         """Pose in the ego frame, [4, 4]."""
         return se3(self.rotation, self.translation)
 

@@ -91,10 +91,10 @@ def lay_roads(rng: np.random.Generator, extent: float, ego_from: float, ego_to: 
     The street is `extent` + 40 m long; the ego vehicle drives from ego_from to ego_to (s on the street). When red, it
     waits ahead of the first junction and the other road has green.
     """
-    street = _centre_line(rng, np.full(2, extent / 2), rng.uniform(-np.pi, np.pi), extent + 40, rng.uniform(0.002, 0.014))
+    middle, heading = np.full(2, extent / 2), rng.uniform(-np.pi, np.pi)
+    street = _centre_line(rng, middle, heading, extent + 40, rng.uniform(0.002, 0.014))
     street.green = not red
     roads = [street]
-    # Where the nose of a waiting vehicle may be is decided by the stop line: see Traffic.
     first = ego_to + 14 + rng.uniform(2, 12) if red else rng.uniform(ego_from - 25, ego_to + 45)
     places = [first]
     if rng.random() < 0.4:

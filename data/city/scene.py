@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from data.city import lidar, radar, rig
-from data.city.camera import Pictures, Renderer, visible_fractions
+from data.city.camera import Renderer, visible_fractions
 from data.city.config import CityConfig
+from data.city.raycast import Snapshot
 from data.city.schema import CLASS_OF_CATEGORY, DETECTION_CLASSES, Record, token, visibility_token
 from data.city.world import World
 
@@ -25,7 +26,17 @@ CAMERA_LEAD_US = 12_000
 ANNOTATION_RANGE = 80.0
 JPEG_QUALITY = 92
 MIN_MASK_PIXELS = 10
-_SCENE_TABLES = ("instance", "calibrated_sensor", "ego_pose", "log", "scene", "sample", "sample_data", "sample_annotation", "map")
+_SCENE_TABLES = (
+    "instance",
+    "calibrated_sensor",
+    "ego_pose",
+    "log",
+    "scene",
+    "sample",
+    "sample_data",
+    "sample_annotation",
+    "map",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class SceneWriter:
 
     def _describe(self) -> None:
         """Record the log, the map, the calibration and the scene."""
-        log, weather = self.token("log"), self.world.weather
+        log, state = self.token("log"), "driving" if self.world.traffic.ego.speed else "waiting at red"
         self.tables["log"].append({
             "token": log, "logfile": self.log_name, "vehicle": "n000", "date_captured": "2018-08-23",
             "location": "synthetic-city",
@@ -95,7 +106,7 @@ class SceneWriter:
         self.tables["scene"].append({
             "token": self.token("scene"), "log_token": log, "nbr_samples": len(samples), "name": self.plan.name,
             "first_sample_token": samples[0], "last_sample_token": samples[-1],
-            "description": f"Synthetic city, {weather.name}, {'waiting at red' if not self.world.traffic.ego.speed else 'driving'}",
+            "description": f"Synthetic city, {self.world.weather.name}, {state}",
         })  # fmt: skip
 
     def _keyframe(self, keyframe: int) -> None:
@@ -107,17 +118,17 @@ class SceneWriter:
         })  # fmt: skip
         for back in range(self.config.sweeps - 1, 0, -1):
             self._sweep(keyframe, stamp - back * SWEEP_US)
-        pictures, fractions, pixels = self._cameras(keyframe, stamp - CAMERA_LEAD_US)
+        fractions, pixels = self._cameras(keyframe, stamp - CAMERA_LEAD_US)
         time = self._seconds(stamp)
         snapshot, ego = self.world.snapshot(time), self.world.ego_pose(time)
         record = self._data(keyframe, self.lidar.channel, stamp, "pcd", ego, True)
         points = lidar.scan(self.world, snapshot, self.lidar, ego, self.config.azimuths, self.rng).points
         points.tofile(self.root / record["filename"])
-        returns = [self._radar(keyframe, stamp, sensor, snapshot, ego) for sensor in self.radars]
+        returns = self._radars(keyframe, stamp, snapshot, ego)
         boxes = self.world.boxes(time)
-        city_SE3_lidar = ego @ self.lidar.ego_SE3_sensor  # noqa: N806
+        city_SE3_lidar = ego @ self.lidar.ego_SE3_sensor
         lidar_points = lidar.count_inside(_apply(city_SE3_lidar, points[:, :3]), boxes)
-        radar_points = lidar.count_inside(np.concatenate(returns), boxes)
+        radar_points = lidar.count_inside(returns, boxes)
         near = np.linalg.norm(boxes[:, :2] - ego[:2, 3], axis=1) < ANNOTATION_RANGE
         for actor in np.flatnonzero(near):
             self.sightings.append({
@@ -136,8 +147,8 @@ class SceneWriter:
         sweep = lidar.scan(self.world, self.world.snapshot(time), self.lidar, ego, self.config.azimuths, self.rng)
         sweep.points.tofile(self.root / record["filename"])
 
-    def _cameras(self, keyframe: int, stamp: int) -> tuple[Pictures, NDArray[np.float64], NDArray[np.int64]]:
-        """Write six pictures and their instances; return them with the visible fractions and pixels of the actors."""
+    def _cameras(self, keyframe: int, stamp: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Write six pictures and their instances; return the actors' visible fractions [N] and pixels [N]."""
         time = self._seconds(stamp)
         ego = self.world.ego_pose(time)
         pictures = self.renderer.render(self.world.snapshot(time), ego)
@@ -146,19 +157,20 @@ class SceneWriter:
             bgr = cv2.cvtColor(pictures.images[k], cv2.COLOR_RGB2BGR)
             cv2.imwrite(str(self.root / record["filename"]), bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
             self._instances(record, pictures.actors[k])
-        fractions, pixels = visible_fractions(self.world, self.world.boxes(time), pictures, self.cameras, ego)
-        return pictures, fractions, pixels
+        return visible_fractions(self.world, self.world.boxes(time), pictures, self.cameras, ego)
 
-    def _radar(self, keyframe: int, stamp: int, sensor: rig.Sensor, snapshot: Any, ego: NDArray[np.float64]) -> NDArray:
-        """Write one RADAR scan; return its points in the city frame, [R, 3]."""
-        time = self._seconds(stamp)
-        step = 0.01
-        velocity = (self.world.ego_pose(time + step) - self.world.ego_pose(time - step))[:2, 3] / (2 * step)
-        records = radar.scan(self.world, snapshot, sensor, ego, velocity, self.world.velocities(time), self.rng)
-        data = self._data(keyframe, sensor.channel, stamp, "pcd", ego, True)
-        radar.write(self.root / data["filename"], records)
-        xyz = np.stack([records["x"], records["y"], records["z"]], 1)
-        return _apply(ego @ sensor.ego_SE3_sensor, xyz)
+    def _radars(self, keyframe: int, stamp: int, snapshot: Snapshot, ego: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Write the scans of all RADARs; return their points in the city frame, [R, 3]."""
+        time, step = self._seconds(stamp), 0.01
+        own = (self.world.ego_pose(time + step) - self.world.ego_pose(time - step))[:2, 3] / (2 * step)
+        velocities, points = self.world.velocities(time), []
+        for sensor in self.radars:
+            records = radar.scan(self.world, snapshot, sensor, ego, own, velocities, self.rng)
+            data = self._data(keyframe, sensor.channel, stamp, "pcd", ego, True)
+            radar.write(self.root / data["filename"], records)
+            xyz = np.stack([records["x"], records["y"], records["z"]], 1)
+            points.append(_apply(ego @ sensor.ego_SE3_sensor, xyz))
+        return np.concatenate(points)
 
     def _data(self, keyframe: int, channel: str, stamp: int, kind: str, ego: NDArray[np.float64], key: bool) -> Record:
         """Record a sensor file with its ego pose, chained to the channel's previous one."""
@@ -199,14 +211,15 @@ class SceneWriter:
             name = CLASS_OF_CATEGORY[self.world.traffic.actors[actor].category]
             self.objects.append({
                 "image": len(self.images) - 1, "category_id": DETECTION_CLASSES.index(name) + 1,
-                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y], "area": int(count[actor]), "iscrowd": 0,
+                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                "area": int(count[actor]), "iscrowd": 0,
                 "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
                 "instance_token": self.token("instance", int(actor)),
             })  # fmt: skip
 
     def _link_samples(self) -> None:
         samples = self.tables["sample"]
-        for before, after in zip(samples, samples[1:], strict=False):
+        for before, after in pairwise(samples):
             before["next"], after["prev"] = after["token"], before["token"]
 
     def _annotate(self) -> None:

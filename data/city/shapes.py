@@ -67,11 +67,25 @@ def car(rng: Rng) -> Mesh:
     parts = [prism(body, -side + 0.02, side - 0.02, M.PAINT), cabin]
     parts.append(frustum(roof, roof, height - 0.09, height, M.PAINT))
     pillar = (rear + front - lean) / 2
-    parts.append(frustum((pillar - 0.08, pillar + 0.08, -side + 0.03, side - 0.03),
-                         (pillar - 0.08, pillar + 0.08, -side + 0.2, side - 0.2), belt, height - 0.04, M.PAINT))
+    parts.append(
+        frustum(
+            (pillar - 0.08, pillar + 0.08, -side + 0.03, side - 0.03),
+            (pillar - 0.08, pillar + 0.08, -side + 0.2, side - 0.2),
+            belt,
+            height - 0.04,
+            M.PAINT,
+        )
+    )
     if style == 2:  # a panel van: the rear half is closed
-        parts.append(frustum((rear - 0.01, pillar, -side + 0.03, side - 0.03),
-                             (rear + 0.07, pillar, -side + 0.2, side - 0.2), belt, height - 0.03, M.PAINT))
+        parts.append(
+            frustum(
+                (rear - 0.01, pillar, -side + 0.03, side - 0.03),
+                (rear + 0.07, pillar, -side + 0.2, side - 0.2),
+                belt,
+                height - 0.03,
+                M.PAINT,
+            )
+        )
     radius = 0.17 * height + 0.07
     parts += _wheels([-0.3 * length, 0.31 * length], side, radius) + _lights(length, side, belt - 0.3)
     parts.append(block(-half - 0.01, half + 0.01, -side + 0.1, side - 0.1, 0.24, 0.38, M.DARK))

@@ -41,7 +41,8 @@ def _building(rng: np.random.Generator, length: float, depth: float) -> Part:
     parts = [frustum(rect, rect, 0, height, Material.FACADE, Material.ROOF)]
     if height < 9 and rng.random() < 0.7:
         ridge = height + rng.uniform(1.5, 3)
-        gable = [(-length / 2 - 0.3, height), (length / 2 + 0.3, height), (length / 2 - 1, ridge), (-length / 2 + 1, ridge)]
+        half = length / 2
+        gable = [(-half - 0.3, height), (half + 0.3, height), (half - 1, ridge), (-half + 1, ridge)]
         parts.append(prism(gable, -depth / 2 - 0.3, depth / 2 + 0.3, Material.ROOF))
     elif height > 12 and rng.random() < 0.5:
         inner = (rect[0] + 2, rect[1] - 2, rect[2] + 1.5, rect[3] - 1.5)
@@ -80,7 +81,8 @@ def pavements(roads: list[Road], ground: Ground) -> Mesh:
             # Kerb foot, kerb edge, outer edge, outer foot.
             offsets = side * (road.kerb + np.array([0, 0.02, PAVEMENT, PAVEMENT + 0.5]))
             lines = road.at(s[:, None], offsets)[..., :2]
-            on_street = (ground.zone(road.at(s[:, None], side * (road.kerb + np.array([0.3, 1.5, 3.0])))) == STREET).any(1)
+            across = road.at(s[:, None], side * (road.kerb + np.array([0.3, 1.5, 3.0])))
+            on_street = (ground.zone(across) == STREET).any(1)
             heights = np.broadcast_to([0, KERB_HEIGHT, KERB_HEIGHT, -0.02], lines.shape[:-1])
             vertices = np.concatenate([lines, heights[..., None]], -1).reshape(-1, 3)
             keep = np.flatnonzero(~(on_street[:-1] | on_street[1:]))
@@ -119,49 +121,68 @@ def buildings(rng: np.random.Generator, roads: list[Road], ground: Ground, occup
     return parts
 
 
+class _Wish(NamedTuple):
+    """A thing that would like to stand on one side of a road."""
+
+    mesh: Mesh
+    s: float
+    offset: float  # from the centre line, to whichever side
+    radius: float
+    turn: float = 0.0  # heading against the road's
+
+
 def furniture(rng: np.random.Generator, roads: list[Road], ground: Ground, occupied: Occupancy) -> list[Part]:
     """Place trees, lamps, signs, bins and hedges along the pavements, and claim their ground."""
-    parts = []
-    trees, lamps = rng.uniform(0.2, 0.9), rng.uniform(24, 36)
     nursery = [shapes.tree(rng) for _ in range(10)]
-    lamp = shapes.street_lamp(rng)
+    lamp, trees, spacing = shapes.street_lamp(rng), rng.uniform(0.2, 0.9), rng.uniform(24, 36)
+    placed = []
     for road in roads:
         for side in (-1, 1):
-            inward = -side * np.pi / 2
-            wishes: list[tuple[Mesh, float, float, float, float]] = []  # mesh, s, offset, turn, radius
-            for s in np.arange(rng.uniform(0, lamps), road.length, lamps):
-                wishes.append((lamp, s, road.kerb + 0.45, inward, 0.15))
+            with_traffic = 0.0 if side < 0 else np.pi
+            wishes = [
+                _Wish(lamp, s, road.kerb + 0.45, 0.15, -side * np.pi / 2)
+                for s in np.arange(rng.uniform(0, spacing), road.length, spacing)
+            ]
             for s in np.arange(rng.uniform(0, 11), road.length, 11):
-                if rng.random() < trees:
-                    wishes.append((nursery[rng.integers(10)], s + rng.uniform(-3, 3), road.kerb + 0.6, rng.uniform(0, 6.28), 0.3))
-                if rng.random() < 0.35:
-                    offset = road.kerb + PAVEMENT + rng.uniform(2, 14)
-                    wishes.append((nursery[rng.integers(10)], s, offset, rng.uniform(0, 6.28), 1.2))
-                if rng.random() < 0.12:
-                    wishes.append((shapes.sign(rng), s + 4, road.kerb + 0.4, 0 if side < 0 else np.pi, 0.3))
-                if rng.random() < 0.1:
-                    wishes.append((shapes.litter_bin(rng), s + 6, road.kerb + 2.8, 0.0, 0.35))
-                if rng.random() < 0.2:
-                    wishes.append((shapes.hedge(7.0, rng), s, road.kerb + PAVEMENT + 0.9, 0.0, 3.5))
+                wishes += _clutter(rng, road, float(s), nursery, trees, with_traffic)
             for crossing in road.crossings:
                 place = crossing.s + side * (crossing.clear + 3.5)
-                wishes.append((shapes.traffic_light(road.green), place, road.kerb + 0.5, 0 if side < 0 else np.pi, 0.2))
-            parts += [plain(m) for m in _stand(road, side, wishes, ground, occupied)]
-    return parts
+                signal = shapes.traffic_light(road.green)
+                wishes.append(_Wish(signal, place, road.kerb + 0.5, 0.2, with_traffic))
+            placed += [plain(mesh) for mesh in _stand(road, side, wishes, ground, occupied)]
+    return placed
 
 
-def _stand(
-    road: Road, side: int, wishes: list[tuple[Mesh, float, float, float, float]], ground: Ground, occupied: Occupancy
-) -> list[Mesh]:
-    """Put things at (s, offset) on one side of a road where there is room."""
+def _clutter(
+    rng: np.random.Generator, road: Road, s: float, nursery: list[Mesh], trees: float, with_traffic: float
+) -> list[_Wish]:
+    """Draw what may stand near s: trees on the pavement and behind it, a sign, a bin, a hedge."""
+    wishes = []
+    behind = road.kerb + PAVEMENT
+    if rng.random() < trees:
+        tree = nursery[rng.integers(len(nursery))]
+        wishes.append(_Wish(tree, s + rng.uniform(-3, 3), road.kerb + 0.6, 0.3, rng.uniform(0, 6.28)))
+    if rng.random() < 0.35:
+        tree = nursery[rng.integers(len(nursery))]
+        wishes.append(_Wish(tree, s, behind + rng.uniform(2, 14), 1.2, rng.uniform(0, 6.28)))
+    if rng.random() < 0.12:
+        wishes.append(_Wish(shapes.sign(rng), s + 4, road.kerb + 0.4, 0.3, with_traffic))
+    if rng.random() < 0.1:
+        wishes.append(_Wish(shapes.litter_bin(rng), s + 6, road.kerb + 2.8, 0.35))
+    if rng.random() < 0.2:
+        wishes.append(_Wish(shapes.hedge(7.0, rng), s, behind + 0.9, 3.5))
+    return wishes
+
+
+def _stand(road: Road, side: int, wishes: list[_Wish], ground: Ground, occupied: Occupancy) -> list[Mesh]:
+    """Put things on one side of a road where there is room."""
     placed = []
-    for mesh, s, offset, turn, radius in wishes:
-        x, y, yaw = road.at(s, side * offset)
-        pose = np.array([[x, y, yaw + turn]])
-        width = 1.0 if radius > 3 else 2 * radius
-        footprint = corners(pose, 2 * radius, width)
+    for wish in wishes:
+        x, y, yaw = road.at(wish.s, side * wish.offset)
+        pose = np.array([[x, y, yaw + wish.turn]])
+        footprint = corners(pose, 2 * wish.radius, min(2 * wish.radius, 1.0) if wish.radius > 3 else 2 * wish.radius)
         zones = ground.zone(np.concatenate([footprint[0], [[x, y]]]))
         if (zones != STREET).all() and occupied.free(footprint):
             occupied.add(footprint)
-            placed.append(mesh.moved(x, y, KERB_HEIGHT if zones[-1] else 0.0, yaw + turn))
+            placed.append(wish.mesh.moved(x, y, KERB_HEIGHT if zones[-1] else 0.0, yaw + wish.turn))
     return placed

@@ -26,12 +26,13 @@ EGO_SIZE = (4.6, 1.9)
 EGO_CENTRE = 1.3  # metres from the rear axle, the ego frame's origin, to the middle of the vehicle
 
 _PAINTS = np.array([
-    [0.86, 0.86, 0.86], [0.80, 0.80, 0.80], [0.10, 0.10, 0.11], [0.22, 0.23, 0.25], [0.55, 0.57, 0.60], [0.60, 0.08, 0.08],
-    [0.10, 0.20, 0.45], [0.16, 0.33, 0.52], [0.35, 0.29, 0.22], [0.10, 0.28, 0.20], [0.75, 0.62, 0.18], [0.72, 0.33, 0.10],
+    [0.86, 0.86, 0.86], [0.80, 0.80, 0.80], [0.10, 0.10, 0.11], [0.22, 0.23, 0.25], [0.55, 0.57, 0.60],
+    [0.60, 0.08, 0.08], [0.10, 0.20, 0.45], [0.16, 0.33, 0.52], [0.35, 0.29, 0.22], [0.10, 0.28, 0.20],
+    [0.75, 0.62, 0.18], [0.72, 0.33, 0.10],
 ])  # fmt: skip
 _CLOTHES = np.array([
-    [0.75, 0.15, 0.15], [0.15, 0.25, 0.60], [0.12, 0.12, 0.14], [0.80, 0.78, 0.72], [0.20, 0.45, 0.28], [0.85, 0.65, 0.15],
-    [0.45, 0.20, 0.45], [0.30, 0.50, 0.65], [0.55, 0.40, 0.30], [0.85, 0.50, 0.55],
+    [0.75, 0.15, 0.15], [0.15, 0.25, 0.60], [0.12, 0.12, 0.14], [0.80, 0.78, 0.72], [0.20, 0.45, 0.28],
+    [0.85, 0.65, 0.15], [0.45, 0.20, 0.45], [0.30, 0.50, 0.65], [0.55, 0.40, 0.30], [0.85, 0.50, 0.55],
 ])  # fmt: skip
 _LEGS = np.array([[0.12, 0.14, 0.22], [0.10, 0.10, 0.10], [0.35, 0.30, 0.24], [0.25, 0.27, 0.30], [0.45, 0.42, 0.38]])
 _BUSES = np.array([[0.70, 0.10, 0.10], [0.85, 0.85, 0.82], [0.12, 0.36, 0.55], [0.20, 0.45, 0.25], [0.90, 0.70, 0.15]])
@@ -91,7 +92,7 @@ class Traffic:
     def pose(self, actor: Actor, times: Array) -> Array:
         """Return x, y, heading at times [T]: [T, 3]."""
         s = actor.s + actor.speed * rhythm(np.asarray(times, np.float64), self.phase)
-        return self.roads[actor.road].at(s, actor.offset) + [0.0, 0.0, actor.turn]
+        return self.roads[actor.road].at(s, actor.offset) + np.array([0.0, 0.0, actor.turn])
 
     def poses(self, time: float) -> Array:
         """Return x, y, heading of all actors at one time: [N, 3]."""
@@ -107,7 +108,7 @@ class Traffic:
 
 def _choose(rng: Rng, table: dict[str, float]) -> str:
     weights = np.array(list(table.values()))
-    return str(rng.choice(list(table), p=weights / weights.sum()))
+    return [*table][rng.choice(len(table), p=weights / weights.sum())]
 
 
 def _pick(rng: Rng, palette: Array) -> Array:
@@ -131,7 +132,7 @@ def make(
     colours[mesh.materials == Material.TRIM] = trim
     if category == "vehicle.construction":
         yellow = mesh.materials == Material.YELLOW
-        colours[yellow] *= np.float32(rng.choice([[1, 1, 1], [1.02, 0.6, 0.3]])) * rng.uniform(0.85, 1.05)
+        colours[yellow] *= np.float32(rng.choice([[1.0, 1.0, 1.0], [1.02, 0.6, 0.3]])) * rng.uniform(0.85, 1.05)
     kind = "cycle" if cycle else "pedestrian" if person else "vehicle"
     attribute = f"{kind}.{state}" if state else ""
     return Actor(category, attribute, mesh, colours.clip(0, 1), road, s, offset, speed, turn)
@@ -169,7 +170,8 @@ def lane_traffic(rng: Rng, roads: list[Road], road: int, near: tuple[float, floa
                     towed.s = s - direction * towed.extents[0] / 2
                     actors.append(towed)
                     s -= direction * towed.extents[0]
-                s -= direction * (rng.uniform(6, sparse) if moving else rng.uniform(1.5, 8.0) if rng.random() < 0.75 else 40.0)
+                queue = rng.uniform(1.5, 8.0) if rng.random() < 0.75 else 40.0
+                s -= direction * (rng.uniform(6, sparse) if moving else queue)
     return actors
 
 
@@ -231,51 +233,57 @@ def road_works(rng: Rng, roads: list[Road], road: int, near: tuple[float, float]
 
 
 def people(rng: Rng, roads: list[Road], road: int, near: tuple[float, float]) -> list[Actor]:
-    """Put walkers, groups, and parked cycles on the pavements."""
+    """Put walkers, groups, parked cycles, barriers and cones on the pavements."""
     street, actors = roads[road], []
     crowd = rng.uniform(0.15, 0.8)
     for side in (-1, 1):
         for s in np.arange(near[0], near[1], 9.0) + rng.uniform(0, 9):
-            s = float(s + rng.uniform(-3, 3))
-            draw = rng.random()
+            draw, s = rng.random(), float(s + rng.uniform(-3, 3))
             offset = side * (street.kerb + rng.uniform(1.0, PAVEMENT - 0.4))
             if draw < 0.10 * crowd:
                 pace = rng.uniform(0.9, 1.6) * rng.choice([-1, 1])
                 category = "human.pedestrian.child" if rng.random() < 0.1 else "human.pedestrian.adult"
                 actors.append(make(rng, category, road, s, offset, pace, 0.0 if pace > 0 else np.pi, "moving"))
             elif draw < 0.13 * crowd:
-                for turn in rng.uniform(-np.pi, np.pi, rng.integers(1, 4)):
-                    place = s + rng.uniform(-1, 1)
-                    actors.append(make(rng, "human.pedestrian.adult", road, place, offset + rng.uniform(-0.7, 0.7), 0.0,
-                                       float(turn), "standing"))  # fmt: skip
-            elif draw > 0.978:
-                category = "vehicle.bicycle" if rng.random() < 0.68 else "vehicle.motorcycle"
-                turn = rng.choice([0.0, np.pi, np.pi / 2]) + rng.normal(0, 0.1)
-                for k in range(rng.integers(1, 4)):
-                    actors.append(make(rng, category, road, s + 0.95 * k, side * (street.kerb + 2.2), 0.0,
-                                       float(turn), "without_rider"))  # fmt: skip
-            elif draw > 0.966:
-                for k in range(rng.integers(1, 4)):
-                    actors.append(make(rng, "movable_object.barrier", road, s + 2.9 * k, side * (street.kerb + 0.5), 0.0,
-                                       side * np.pi / 2))  # fmt: skip
+                actors += _group(rng, road, s, offset, (1.0, 0.7))
             elif draw > 0.957:
-                for k in range(rng.integers(1, 4)):
-                    actors.append(make(rng, "movable_object.trafficcone", road, s + 1.5 * k, side * (street.kerb + 0.5)))
+                actors += _kerbside(rng, street, road, s, side)
     return actors
 
 
+def _group(rng: Rng, road: int, s: float, offset: float, spread: tuple[float, float]) -> list[Actor]:
+    """Let one to three people stand about (s, offset)."""
+    actors = []
+    for turn in rng.uniform(-np.pi, np.pi, rng.integers(1, 4)):
+        ds, across = rng.uniform(-1, 1, 2) * spread
+        actors.append(make(rng, "human.pedestrian.adult", road, s + ds, offset + across, 0.0, float(turn), "standing"))
+    return actors
+
+
+def _kerbside(rng: Rng, street: Road, road: int, s: float, side: int) -> list[Actor]:
+    """Put one to three cycles, barriers or cones in a row on the pavement."""
+    category, spacing, place = [
+        ("vehicle.bicycle", 0.95, 2.2),
+        ("vehicle.motorcycle", 1.1, 2.1),
+        ("movable_object.barrier", 2.9, 0.5),
+        ("movable_object.trafficcone", 1.5, 0.5),
+    ][rng.choice(4, p=[0.35, 0.16, 0.28, 0.21])]
+    state, turn = "", side * np.pi / 2
+    if category.startswith("vehicle"):
+        state, turn = "without_rider", float(rng.choice([0.0, np.pi, np.pi / 2]) + rng.normal(0, 0.1))
+    row = s + spacing * np.arange(rng.integers(1, 4))
+    return [make(rng, category, road, float(k), side * (street.kerb + place), 0.0, turn, state) for k in row]
+
+
 def crossing_people(rng: Rng, roads: list[Road]) -> list[Actor]:
-    """Let people walk over the zebra crossings of streets that have red."""
+    """Let people stand on the zebra crossings of streets that have red."""
     actors = []
     for road, street in enumerate(roads):
         for crossing in street.crossings if not street.green else []:
             for direction in (-1, 1):
                 if rng.random() < 0.6:
                     s = crossing.s + direction * (crossing.clear + 1.5)
-                    for offset in rng.uniform(-street.kerb, street.kerb, rng.integers(1, 4)):
-                        turn = float(rng.choice([-1, 1]) * np.pi / 2)
-                        actors.append(make(rng, "human.pedestrian.adult", road, s + rng.uniform(-0.8, 0.8), float(offset),
-                                           0.0, turn, "standing"))  # fmt: skip
+                    actors += _group(rng, road, s, rng.uniform(-0.5, 0.5) * street.kerb, (0.8, 0.45 * street.kerb))
     return actors
 
 

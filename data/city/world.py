@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from data.city import ground as ground_module
 from data.city import raycast, rig, town, traffic, weather
 from data.city.footprints import Occupancy, corners
-from data.city.mesh import GLOW, REFLECTIVITY, Material, Mesh, merge
+from data.city.mesh import GLOW, REFLECTIVITY, Material, Mesh, merge, vec
 from data.city.roads import LANE, lay_roads
 from data.city.traffic import Actor, Traffic
 
@@ -33,17 +33,17 @@ class World:
         self.extent = extent
         times = np.append(np.arange(-0.5, duration, 0.25), duration)
         self.traffic = self._ego(rng, start, speed)
-        self._build(rng, times, (start - REACH, end + REACH), speed)
+        self._build(rng, times, (start - REACH, end + REACH))
         self._assemble()
 
     def _ego(self, rng: np.random.Generator, start: float, speed: float) -> Traffic:
         street = self.roads[0]
         lane = int(rng.integers(street.lanes))
-        shell = Mesh(np.float32([[-2, -1, 0], [2, 1, 1]]), np.zeros((0, 3), np.int32), np.zeros(0, np.uint8))
+        shell = Mesh(vec([[-2, -1, 0], [2, 1, 1]]), np.zeros((0, 3), np.int32), np.zeros(0, np.uint8))
         ego = Actor("", "", shell, np.zeros((0, 3), np.float32), 0, start, -(lane + 0.5) * LANE, speed)
         return Traffic(self.roads, float(rng.uniform(0, 2 * np.pi)), ego)
 
-    def _build(self, rng: np.random.Generator, times: Array, near: tuple[float, float], speed: float) -> None:
+    def _build(self, rng: np.random.Generator, times: Array, near: tuple[float, float]) -> None:
         """Place everything: first what must stand where it stands, last what gives way."""
         roads, occupied = self.roads, Occupancy(len(times))
         middle = roads[0].at(sum(near) / 2)[:2]
@@ -59,11 +59,12 @@ class World:
         poses = self.traffic.pose(self.traffic.ego, times)
         poses[:, :2] += traffic.EGO_CENTRE * np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], 1)
         occupied.add(corners(poses, traffic.EGO_SIZE[0] + 2.0, traffic.EGO_SIZE[1] + 0.6))
-        self._populate(rng, occupied, times, near, speed, yards)
+        self._populate(rng, occupied, times, near, yards)
 
     def _populate(
-        self, rng: np.random.Generator, occupied: Occupancy, times: Array, near: tuple[float, float], speed: float, yards: Array
+        self, rng: np.random.Generator, occupied: Occupancy, times: Array, near: tuple[float, float], yards: Array
     ) -> None:
+        """Let furniture and actors in, in this order; `near` is the populated part of the street."""
         roads = self.roads
 
         def admit(wishes: list[Actor], kind: str) -> None:
@@ -74,7 +75,7 @@ class World:
         self.parts += town.furniture(rng, roads, self.ground, occupied)
         spans = [near] + [(95.0 - 45, 95.0 + 45)] * (len(roads) - 1)
         for road, span in enumerate(spans):
-            pace = (speed or rng.uniform(4, 8)) if road == 0 else rng.uniform(4, 8)
+            pace = (road == 0 and self.traffic.ego.speed) or rng.uniform(4, 8)
             admit(traffic.lane_traffic(rng, roads, road, span, pace), "street")
             admit(traffic.parked_row(rng, roads, road, span), "street")
             admit(traffic.people(rng, roads, road, span), "walk")
@@ -89,7 +90,7 @@ class World:
         poses = self.traffic.poses(0.0)
         meshes = [town.pavements(self.roads, self.ground)] + [p.mesh for p in self.parts]
         town_faces = sum(len(m.faces) for m in meshes)
-        placed = [actors[k].mesh.moved(*poses[k, :2], actors[k].z, poses[k, 2]) for k in still]
+        placed = [actors[k].mesh.moved(poses[k, 0], poses[k, 1], actors[k].z, poses[k, 2]) for k in still]
         body = merge(meshes + placed)
         self._still, self._still_faces = raycast.build(body.vertices, body.faces), len(body.faces)
         order = [actors[k] for k in (*still, *self.moving)]

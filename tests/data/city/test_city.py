@@ -164,7 +164,9 @@ def test_radar_velocity_is_the_objects(devkit: NuScenes, dataroot: Path) -> None
                 velocity = devkit.box_velocity(box.token)
                 if np.linalg.norm(velocity) < 2 or np.isnan(velocity).any():
                     continue
-                pose = devkit.get("calibrated_sensor", devkit.get("sample_data", sample["data"][channel])["calibrated_sensor_token"])
+                pose = devkit.get(
+                    "calibrated_sensor", devkit.get("sample_data", sample["data"][channel])["calibrated_sensor_token"]
+                )
                 local = Quaternion(ego_pose(devkit, sample)["rotation"]) * Quaternion(pose["rotation"])
                 v = local.inverse.rotate(velocity)[:2]
                 unit = points[:2] / np.linalg.norm(points[:2], axis=0)
