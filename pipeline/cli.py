@@ -118,7 +118,7 @@ def track_replay() -> None:
     from pipeline.tracking import JOURNALS, replay
 
     sent, waiting = replay(prepare() / JOURNALS)
-    print(f"{sent} runs are on the server whole, {waiting} wait for their parent")
+    print(f"{sent} runs are on the server whole, {waiting} wait")
 
 
 def _mlflow(command: str, port: int) -> list[str]:

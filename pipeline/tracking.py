@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,7 +94,7 @@ class MlflowTracker:
         folder = root / JOURNALS
         folder.mkdir(parents=True, exist_ok=True)
         known = resume is not None and (folder / f"{resume}.jsonl").exists()
-        self.id = resume if known and resume else f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+        self.id = resume if known and resume else f"{datetime.now():%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
         self._journal = Journal(folder / f"{self.id}.jsonl")
         self._write_lock = threading.Lock()
         self._fd = os.open(self._journal.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -302,15 +303,15 @@ class Journal:
         found = _find(client, experiment, self.path.stem)
         if found:
             return found
-        tags = start["tags"] | {_JOURNAL_TAG: self.path.stem}
-        if start["parent"]:
+        tags = start.get("tags", {}) | {_JOURNAL_TAG: self.path.stem}
+        if start.get("parent"):
             other = Journal(self.path.with_name(f"{start['parent']}.jsonl"))
             parent = other.cursor()["run_id"] or _find(client, experiment, start["parent"])
             if parent is None and other.path.exists():
                 return None
             if parent:
                 tags["mlflow.parentRunId"] = parent
-        return client.create_run(experiment, start["time"], tags, start["name"]).info.run_id
+        return client.create_run(experiment, start["time"], tags, start.get("name", self.path.stem)).info.run_id
 
     def _send_batch(self, client: MlflowClient, cursor: dict[str, Any], batch: list[dict[str, Any]]) -> None:
         """Send records of one kind."""
@@ -349,13 +350,16 @@ def replay(folder: Path) -> tuple[int, int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            journal = Journal(path)
-            if journal.send(dead=True):
-                sent += 1
-                if journal.finished():
-                    journal.discard()
-            else:
-                waiting += 1
+            try:
+                whole = Journal(path).send(dead=True)
+            except Exception as error:
+                logger.warning("tracking: %s cannot be sent now: %s", path.name, _short(error))
+                whole = False
+            sent, waiting = sent + whole, waiting + (not whole)
+            if whole and Journal(path).finished():
+                Journal(path).discard()
+        if waiting >= 3 and not sent:  # the server is away
+            break
     return sent, waiting
 
 
@@ -444,8 +448,8 @@ def _batches(records: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, l
     batch: list[dict[str, Any]] = []
     size = end = 0
     for offset, record in records:
-        weight = len(record.get("values", ()))
-        if batch and (record["op"] != batch[0]["op"] or size + weight > _BATCH.get(record["op"], 0)):
+        op, weight = record["op"], len(record.get("values", ()))
+        if batch and (op != batch[0]["op"] or op not in _BATCH or size + weight > _BATCH[op]):
             yield end, batch
             batch, size = [], 0
         batch.append(record)

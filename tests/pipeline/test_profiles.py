@@ -94,7 +94,7 @@ def test_a_profile_that_breaks_the_schema_changes_nothing(folder: Path) -> None:
     (folder / "profiles" / "bad.yaml").write_text("input: {frames: 7}\n")
     with pytest.raises(ProfileError, match=r"profile bad: .*params\.yaml is not valid:\n  input\.frames: 7"):
         apply_profile("bad", folder)
-    with pytest.raises(ProfileError, match="profile 'smog' is unknown; allowed: .*smoke"):
+    with pytest.raises(ProfileError, match=r"profile 'smog' is unknown; allowed: .*smoke"):
         apply_profile("smog", folder)
     assert (folder / "params.yaml").read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == ["params.yaml", "profiles"]

@@ -1,0 +1,315 @@
+"""The flow with a real Prefect: order, parallelism, failures, cancellation, locks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.processes import Children, stop_groups
+from tests.pipeline.project import Project, wait_until
+
+# A diamond, and a chain beside it. Each stage notes when it began and ended.
+DIAMOND = """
+stages:
+  top: {cmd: python work.py top, deps: [work.py], outs: [top.txt], meta: {gpus: 0, timeout_h: 1}}
+  left: {cmd: python work.py left top, deps: [work.py, top.txt], outs: [left.txt], meta: {gpus: 1, timeout_h: 1}}
+  right: {cmd: python work.py right top, deps: [work.py, top.txt], outs: [right.txt], meta: {gpus: 2, timeout_h: 1}}
+  bottom: {cmd: python work.py bottom left right, deps: [work.py, left.txt, right.txt], outs: [bottom.txt]}
+  beside: {cmd: python work.py beside, deps: [work.py, extra.txt], outs: [beside.txt]}
+"""
+WORK = """
+import os, sys, time
+name, *needs = sys.argv[1:]
+def note(text):
+    with open("trace.txt", "a") as trace:
+        trace.write(f"{name} {text} {time.time()} {os.environ.get('OMP_NUM_THREADS')} {os.getpid()}\\n")
+assert all(os.path.exists(f"{other}.txt") for other in needs)
+note("begin")
+while os.path.exists(f"hold-{name}"):
+    time.sleep(0.02)
+if os.path.exists(f"fail-{name}"):
+    sys.exit(f"{name} has no luck")
+if os.path.exists(f"preempt-{name}"):
+    os.remove(f"preempt-{name}")
+    sys.exit(75)
+time.sleep(0.3)
+open(f"{name}.txt", "w").write(name)
+note("end")
+"""
+
+with_server = pytest.mark.xdist_group("prefect-server")  # in one test process, so that one server does
+
+
+class Trace:
+    """What trace.txt says."""
+
+    def __init__(self, project: Project) -> None:
+        self.rows = [line.split() for line in project.lines("trace.txt")]
+
+    def time(self, name: str, what: str) -> float:
+        return next(float(row[2]) for row in self.rows if row[:2] == [name, what])
+
+    def names(self, what: str) -> list[str]:
+        return [row[0] for row in self.rows if row[1] == what]
+
+    def pids(self) -> list[int]:
+        return [int(row[4]) for row in self.rows]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server for the tests of this file."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{port}/api"
+
+    def ready() -> bool:
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(ready, 90)
+        yield url
+    finally:
+        stop_groups([process.pid], 10)
+        process.wait()
+
+
+def diamond(project: Project) -> Project:
+    project.write("dvc.yaml", DIAMOND)
+    project.write("work.py", WORK)
+    project.write("extra.txt", "1")
+    return project
+
+
+@pytest.fixture
+def served(make_project: Callable[..., Project], server: str) -> Project:
+    """The diamond, to be run with the server."""
+    return diamond(make_project(PREFECT_API_URL=server))
+
+
+def test_dry_run_says_what_and_why_and_is_quick(project: Project) -> None:
+    diamond(project)
+    project.repro()
+    project.write("extra.txt", "2")
+    project.edit("dvc.yaml", "left top,", "left  top,")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lines = project.run("pipeline", "run", "--dry-run").splitlines()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    )  # CPU time: the machine may be busy
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert rows["top"] == "cached 0 up to date"
+    assert rows["left"] == "run 1 changed command"
+    assert rows["right"] == "cached 2 up to date"
+    assert rows["bottom"] == "run 0 after left"
+    assert rows["beside"] == "run 0 dependency modified: extra.txt"
+    assert lines[-1] == "3 of 5 stages to run"
+    targets = project.run("pipeline", "run", "--dry-run", "--targets", "right").splitlines()
+    assert [line.split()[0] for line in targets] == ["stage", "top", "right", "0"]
+    assert "target 'nothing' is not a stage" in project.run("pipeline", "run", "--targets", "nothing", code=1)
+
+
+def test_help_is_quick(project: Project) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "dry-run" in project.run("pipeline", "run", "--help", COLUMNS="100")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_diamond_with_a_temporary_server(make_project: Callable[..., Project], database: str) -> None:
+    """The first run on a machine: no server anywhere. Stages run in parallel, in order, and have one parent run."""
+    project = diamond(make_project(MLFLOW_TRACKING_URI=database, PIPELINE_TRACK_LATER=""))
+    output = project.run("pipeline", "run", "--max-parallel", "2")
+    assert "5 done" in output
+    trace = Trace(project)
+    assert sorted(trace.names("end")) == ["beside", "bottom", "left", "right", "top"]
+    assert trace.time("top", "end") < min(trace.time("left", "begin"), trace.time("right", "begin"))
+    assert max(trace.time("left", "begin"), trace.time("right", "begin")) < min(
+        trace.time("left", "end"), trace.time("right", "end")
+    )
+    assert trace.time("bottom", "begin") > max(trace.time("left", "end"), trace.time("right", "end"))
+    assert {row[3] for row in trace.rows if row[0] == "bottom"} == {
+        str(len(os.sched_getaffinity(0)))
+    }  # alone: all cores
+    assert project.processes() == []
+    assert (project.root / ".prefect").is_dir()
+    flow = MlflowClient(database).search_runs(["1"])[0]
+    assert (flow.info.run_name, flow.info.status) == ("flow", "FINISHED")
+    assert flow.data.tags["profile"] == "demo"
+
+    assert project.repro() == []  # what the flow did, DVC knows
+    assert "everything is up to date" in project.run("pipeline", "run")
+
+
+@with_server
+def test_only_what_changed_and_what_follows_is_run(served: Project) -> None:
+    served.repro()
+    (served.root / "trace.txt").unlink()
+    served.edit("dvc.yaml", "left top,", "left  top,")
+    output = served.run("pipeline", "run", "--max-parallel", "2")
+    # left makes the same bytes as before, so DVC finds that bottom has nothing to do
+    assert Trace(served).names("end") == ["left"]
+    assert "2 done, 3 cached" in output
+
+
+@with_server
+def test_failures_are_named_and_stop_nothing_else(served: Project) -> None:
+    served.write("fail-left", "")
+    served.write("preempt-right", "")
+    served.edit("dvc.yaml", "outs: [beside.txt]", "outs: [beside.txt], meta: {timeout_h: 0.0005}")
+    served.write("hold-beside", "")
+    output = served.run("pipeline", "run", "--max-parallel", "3", code=1)
+    tail = output[output.index("left failed:") :]
+    assert "log:   logs/left.log" in tail
+    assert "rerun: dvc repro --single-item left" in tail
+    assert "left has no luck" in output
+    assert "beside failed: stopped after meta.timeout_h = 0.0005" in tail
+    assert "[right] preempted: again" in output
+    trace = Trace(served)
+    assert sorted(trace.names("end")) == ["right", "top"]
+    assert trace.names("begin").count("right") == 2
+    assert "bottom" not in trace.names("begin")
+    assert "2 done, 2 failed, 1 skipped" in output
+    assert served.processes() == []
+
+
+@with_server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cancelling_leaves_no_process(served: Project, number: int) -> None:
+    for name in ("left", "right"):
+        served.write(f"hold-{name}", "")
+    flow = served.start("pipeline", "run", "--max-parallel", "2")
+    wait_until(lambda: {"left", "right"} <= set(Trace(served).names("begin")))
+    assert len(served.processes()) >= 5  # the flow, two of DVC, two stages
+    flow.send_signal(number)
+    output, _ = flow.communicate(timeout=60)
+    assert flow.returncode != 0, output
+    assert "stopping all stages" in output
+    assert served.processes() == []
+    for name in ("left", "right"):
+        (served.root / f"hold-{name}").unlink()
+    assert served.repro("left", "right") == ["left", "right"]  # nothing is locked
+
+
+@with_server
+def test_killing_the_flow_ends_the_stages(served: Project) -> None:
+    """kill -9 of the flow: DVC is told by the kernel, and then the stage."""
+    served.edit("dvc.yaml", "python work.py beside", "python -m pipeline stage beside")
+    served.write(
+        "stages/beside.py",
+        "import os, time\ndef run(context):\n    open('pid.txt', 'w').write(str(os.getpid()))\n    time.sleep(100)\n",
+    )
+    flow = served.start("pipeline", "run", "--targets", "beside")
+    wait_until(lambda: served.lines("pid.txt"))
+    flow.kill()
+    flow.communicate()
+    wait_until(lambda: not served.processes(), 30)
+
+
+@with_server
+def test_work_that_dvc_could_not_record_is_recorded_not_repeated(served: Project) -> None:
+    """DVC gives up on its lock when the stage has just ended (a long commit beside it): the flow commits the outs."""
+    served.edit("dvc.yaml", "python work.py beside", "python -m pipeline stage beside")
+    served.write(
+        "stages/beside.py",
+        "import os, time\n"
+        "def run(context):\n"
+        "    open('ran.txt', 'a').write('once\\n')\n"
+        "    while os.path.exists('hold'):\n"
+        "        time.sleep(0.02)\n"
+        "    (context.scratch / 'x').write_text('x')\n"
+        "    context.publish(context.scratch / 'x', 'beside.txt')\n",
+    )
+    served.write("hold", "")
+    flow = served.start("pipeline", "run", "--targets", "beside")
+    wait_until(lambda: served.lines("ran.txt"))
+    holder = hold_lock(served)
+    wait_until((served.root / "locked").exists)
+    (served.root / "hold").unlink()
+    output, _ = flow.communicate(timeout=90)
+    holder.wait()
+    assert flow.returncode == 0, output
+    assert "Unable to acquire lock" in output
+    assert served.lines("ran.txt") == ["once"]
+    assert served.repro("beside") == []
+
+
+def hold_lock(project: Project) -> subprocess.Popen[bytes]:
+    """Hold the lock in front of DVC's lock table for longer than DVC's patience (3 s), as a busy DVC does."""
+    code = (
+        "import time, zc.lockfile\n"
+        "while True:\n"
+        "    try: lock = zc.lockfile.LockFile('.dvc/tmp/rwlock.lock'); break\n"
+        "    except zc.lockfile.LockError: time.sleep(0.01)\n"
+        "open('locked', 'w'); time.sleep(6); lock.close()\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=project.root)
+
+
+@with_server
+def test_one_flow_per_workspace(served: Project) -> None:
+    served.write("hold-top", "")
+    flow = served.start("pipeline", "run")
+    wait_until(lambda: Trace(served).names("begin"))
+    (served.root / "dvc.yaml").touch()
+    output = served.run("pipeline", "run", code=1)
+    assert "another DVC process is at work" in output or "a flow is already running" in output
+    flow.send_signal(signal.SIGTERM)
+    flow.communicate(timeout=60)
+
+
+def test_groups_that_ignore_sigterm_are_killed() -> None:
+    children = Children()
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(100)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {deaf!r}]); exec({deaf!r})"
+    child = children.start([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert [child.stdout.readline(), child.stdout.readline()] == ["1\n", "1\n"]
+    began = time.monotonic()
+    children.stop(grace=0.5)
+    assert child.wait(10) == -signal.SIGKILL
+    assert child.stdout.read() == ""  # the grandchild has closed it, too
+    assert time.monotonic() - began < 10
+    with pytest.raises(InterruptedError):
+        children.start(["true"])
+
+
+def test_ui_and_servers_end_together(make_project: Callable[..., Project], database: str) -> None:
+    project = make_project(MLFLOW_TRACKING_URI=database)
+    up = project.start("pipeline", "up", "--prefect-port", "42133", "--mlflow-port", "42134")
+
+    def answers(url: str) -> bool:
+        try:
+            return urllib.request.urlopen(url, timeout=5).status == 200
+        except OSError:
+            return False
+
+    wait_until(lambda: answers("http://127.0.0.1:42133/api/health") and answers("http://127.0.0.1:42134/health"), 120)
+    up.terminate()
+    up.communicate(timeout=30)
+    assert project.processes() == []
+    assert Path(project.root / ".prefect").is_dir()
