@@ -13,7 +13,7 @@ import random
 import numpy as np
 import torch
 
-STEP, SAMPLE = 1, 2  # first number of a position: what it is the position of
+MODEL, RECIPE, STEP, SAMPLE = range(4)  # first number of a position: what it is the position of
 
 
 def seed_everything(*position: int, cuda: bool = True) -> None:

@@ -45,7 +45,10 @@ SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed t
 class Task(Protocol):
     """What is trained."""
 
-    module: nn.Module  # everything with weights: the model, and train-only modules
+    @property
+    def module(self) -> nn.Module:
+        """Everything with weights: the model, and train-only modules."""
+        ...
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
         """Weighted loss terms (scalars, to be summed; the same names every step); `progress` is in [0, 1)."""

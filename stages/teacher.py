@@ -1,0 +1,53 @@
+"""Stage `teacher`: train a teacher on the truth, publish its averaged weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from data.batch import collate
+from data.blobs import BlobError
+from models.detector import Detector, build_detector
+from pipeline.seeding import MODEL, seed_everything
+from pipeline.stage import StageContext, StageError
+from pipeline.trainer import train
+from stages.inputs import training_dataset
+from stages.weights import save_detector
+
+
+class Supervised:
+    """A detector and the losses against the truth."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.module = detector
+
+    def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
+        """The detector's own losses."""
+        return self.module.loss(self.module(batch), batch)
+
+
+def run(context: StageContext) -> None:
+    """Train and publish one entry of `teachers`."""
+    if context.key not in context.params.teachers:
+        raise StageError(f"teacher {context.key!r}: params.yaml has {', '.join(context.params.teachers)}")
+    teacher = context.params.teachers[context.key]
+    seed_everything(MODEL, context.seed)
+    detector = build_detector(teacher.model)
+    try:
+        weights = train(
+            Supervised(detector),
+            training_dataset(context.root, context.params, detector, context.seed),
+            collate,
+            teacher.train,
+            seed=context.seed,
+            scratch=context.scratch,
+            tracker=context.tracker,
+            stop=context.stop.is_set,
+            label=context.spec.address,
+        )
+    except BlobError as error:
+        raise StageError(str(error)) from error
+    if context.rank == 0:
+        save_detector(context.scratch / "model", teacher.model, weights)
+    context.publish(context.scratch / "model", f"outputs/teachers/{context.key}")
