@@ -116,7 +116,8 @@ class Renderer:
         material = world.material[faces]
         ground = np.flatnonzero(material == Material.GROUND)
         slope = np.maximum(-rays[ground, 2], np.float32(0.02))
-        footprint = distance[ground] * self._pixel / np.sqrt(slope)
+        # Between the widths across and along the ray: sharp far lines would flicker, blurred near ones vanish.
+        footprint = distance[ground] * self._pixel / slope ** np.float32(0.75)
         albedo[ground] = world.ground.colour(points[ground, :2], footprint)
         kerb = ground[normals[ground, 2] < 0.5]
         albedo[kerb] = vec([0.66, 0.65, 0.63])

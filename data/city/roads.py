@@ -18,6 +18,8 @@ PAVEMENT = 3.2
 PARKING = 2.5
 VERGE = 1.5
 KERB_HEIGHT = 0.12
+SIDE_MIDDLE = 120.0
+"""Where on a side street the junction with the street is."""
 
 
 @dataclass
@@ -102,10 +104,10 @@ def lay_roads(rng: np.random.Generator, extent: float, ego_from: float, ego_to: 
     for s in places:
         x, y, yaw = street.at(s)
         angle = yaw + np.pi / 2 + np.deg2rad(rng.uniform(-14, 14))
-        side = _centre_line(rng, np.array([x, y]), angle, 190, rng.uniform(0.0, 0.008))
+        side = _centre_line(rng, np.array([x, y]), angle, 2 * SIDE_MIDDLE, rng.uniform(0.0, 0.008))
         side.green = red and s == first
         slant = abs(np.sin(angle - yaw))
         street.crossings.append(Crossing(float(s), (side.kerb + 1.5) / slant + 1.0, len(roads)))
-        side.crossings.append(Crossing(95.0, (street.kerb + 1.5) / slant + 1.0, 0))
+        side.crossings.append(Crossing(SIDE_MIDDLE, (street.kerb + 1.5) / slant + 1.0, 0))
         roads.append(side)
     return roads

@@ -9,7 +9,7 @@ from data.city import ground as ground_module
 from data.city import raycast, rig, town, traffic, weather
 from data.city.footprints import Occupancy, corners
 from data.city.mesh import GLOW, REFLECTIVITY, Material, Mesh, merge, vec
-from data.city.roads import LANE, lay_roads
+from data.city.roads import LANE, SIDE_MIDDLE, lay_roads
 from data.city.traffic import Actor, Traffic
 
 Array = NDArray[np.float64]
@@ -73,7 +73,7 @@ class World:
         if rng.random() < 0.45:
             admit(traffic.road_works(rng, roads, 0, (near[0] + 50, near[1] - 60)), "any")
         self.parts += town.furniture(rng, roads, self.ground, occupied)
-        spans = [near] + [(95.0 - 45, 95.0 + 45)] * (len(roads) - 1)
+        spans = [near] + [(SIDE_MIDDLE - 45, SIDE_MIDDLE + 45)] * (len(roads) - 1)
         for road, span in enumerate(spans):
             pace = (road == 0 and self.traffic.ego.speed) or rng.uniform(4, 8)
             admit(traffic.lane_traffic(rng, roads, road, span, pace), "street")
