@@ -1,0 +1,91 @@
+"""A copy of the project in which the real commands run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "DVC_NO_ANALYTICS": "1",
+}
+
+
+@dataclass
+class Project:
+    """A project folder of its own, with git, DVC and MLflow."""
+
+    root: Path
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        done = subprocess.run(command, cwd=self.root, env=ENVIRONMENT, text=True, capture_output=True, check=False)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def profile(self, name: str) -> None:
+        """Lay a profile over params.yaml."""
+        self.run(sys.executable, "-m", "pipeline", "profile", name)
+
+    def repro_until(self, stage: str, reached: Callable[[], bool]) -> str:
+        """`dvc repro`, and kill -9 the process of a stage as soon as a condition holds; returns what DVC printed."""
+        log = self.root / "repro.log"
+        with log.open("w") as file:
+            dvc = subprocess.Popen(["dvc", "repro"], cwd=self.root, env=ENVIRONMENT, stdout=file, stderr=file)
+            while not reached():
+                assert dvc.poll() is None, f"dvc repro ended before {stage} could be killed:\n{log.read_text()}"
+                time.sleep(0.01)
+            for child in psutil.Process(dvc.pid).children(recursive=True):
+                if stage in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
+            dvc.wait(timeout=120)
+        assert dvc.returncode != 0, f"{stage} survived kill -9"
+        return log.read_text()
+
+    def metrics(self) -> dict[str, str]:
+        """The metrics files of the study, by name."""
+        return {path.name: path.read_text() for path in sorted((self.root / "reports/metrics").glob("*.json"))}
+
+
+@pytest.fixture(scope="session")
+def tracking_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty MLflow store to copy: migrating takes ten seconds."""
+    folder = tmp_path_factory.mktemp("tables")
+    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    subprocess.run([sys.executable, "-m", "pipeline", "track", "init"], cwd=ROOT, env=environment, check=True)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path: Path, tracking_tables: Path) -> Iterator[Project]:
+    """The files that git knows or would add, in a new repository."""
+    root = tmp_path / "project"
+    root.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    for stale in [*(root / "reports").rglob("*.json"), root / "dvc.lock"]:
+        stale.unlink(missing_ok=True)
+    shutil.copy(tracking_tables, root / "mlflow.db")
+    made = Project(root)
+    made.run("git", "init", "--quiet")
+    made.run("git", "add", "--all")
+    made.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "start")
+    yield made
+    shutil.rmtree(root, ignore_errors=True)

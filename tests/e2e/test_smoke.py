@@ -1,0 +1,109 @@
+"""The whole DAG at smoke size, by the commands that a person types."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Project
+
+pytestmark = pytest.mark.xdist_group("e2e")
+
+
+def checkpoint_of(project: Project, stage: str) -> bool:
+    """Whether a stage that is still training has saved a checkpoint."""
+    return any(project.root.glob(f".scratch/{stage}/*/checkpoints/*.safetensors"))
+
+
+def shard_of(project: Project, stage: str) -> bool:
+    """Whether a stage that is still extracting has finished a shard."""
+    return any(path.stat().st_size for path in project.root.glob(f".scratch/{stage}/**/shard-*"))
+
+
+def state(project: Project, out: str) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file of an out: both change when it is made again."""
+    files = [path for path in sorted((project.root / out).rglob("*")) if path.is_file()]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.timeout(900)
+def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
+    """kill -9 in teacher, extraction and distillation: nothing finished is made again, and the metrics are equal."""
+    project.profile("smoke")
+    project.run("git", "commit", "--quiet", "-am", "smoke", check=False)
+
+    project.repro_until("teacher", lambda: checkpoint_of(project, "teacher-lidar"))
+    finished = {out: state(project, out) for out in ("outputs/city", "outputs/index")}
+    project.repro_until("extract", lambda: shard_of(project, "extract-lidar"))
+    finished["outputs/teachers/lidar"] = state(project, "outputs/teachers/lidar")
+    output = project.repro_until("distill", lambda: checkpoint_of(project, "distill-xod-xfd-0"))
+    finished["outputs/stores/lidar"] = state(project, "outputs/stores/lidar")
+    project.run("dvc", "repro")
+
+    assert "Stage 'prepare' didn't change, skipping" in output
+    for out, before in finished.items():
+        assert before
+        assert state(project, out) == before, f"{out} was made again"
+    killed = project.metrics()
+    assert {"lidar.json", "baseline-0.json", "xod-0.json", "xfd-0.json", "xod-xfd-0.json"} <= killed.keys()
+    for text in killed.values():
+        assert {"mAP", "NDS"} <= json.loads(text).keys()
+
+    check_report(project)
+    check_second_run_does_nothing(project)
+    check_changed_weight_touches_one_variant(project)
+    check_undisturbed_metrics(project, killed)
+
+
+def check_report(project: Project) -> None:
+    """Every arm is in the page and in the table, and the page needs no network."""
+    table = (project.root / "reports/table.md").read_text()
+    page = (project.root / "reports/report.html").read_text()
+    for arm in ("lidar", "baseline", "xod", "xfd", "xod-xfd"):
+        assert arm in table
+        assert arm in page
+    assert not re.search(r"(src|href)=\"(https?:)?//", page)
+
+
+def check_second_run_does_nothing(project: Project) -> None:
+    """DVC and the flow agree that everything is up to date."""
+    again = project.run("dvc", "repro")
+    assert "Running stage" not in again.stdout
+    assert "up to date" in again.stdout
+    assert project.run("dvc", "status").stdout.strip() == "Data and pipelines are up to date."
+
+
+def check_changed_weight_touches_one_variant(project: Project) -> None:
+    """Another weight of one variant's term reruns that variant (and the report), nothing else."""
+    params = project.root / "params.yaml"
+    text = params.read_text()
+    changed = re.sub(r"(?m)^(  xfd: \{student: camera, terms: \{xfd: )\*xfd", r"\1{<<: *xfd, weight: 0.123}", text)
+    assert changed != text
+    params.write_text(changed)
+    plan = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout
+    status = project.run("dvc", "status").stdout
+    params.write_text(text)
+    assert re.findall(r"(?m)^(\S+):$", status) == ["distill@xfd-0"] or "distill@xfd-0" in status
+    assert "distill@xod-0" not in status
+    assert "teacher@lidar" not in status
+    assert "0.123" in plan
+
+
+def check_undisturbed_metrics(project: Project, killed: dict[str, str]) -> None:
+    """A run from nothing, as a Prefect flow with two stages at once, gives the same metrics byte for byte."""
+    for folder in ("outputs", ".scratch", "reports/metrics", ".dvc/cache"):
+        project.run("rm", "-rf", folder)
+    (project.root / "dvc.lock").unlink()
+    project.run("rm", "-rf", ".dvc/tmp")
+    project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
+    assert project.metrics() == killed
+
+
+def test_copy_is_complete(project: Project) -> None:
+    """The project that the tests run in has what a clone has."""
+    assert Path(project.root / "dvc.yaml").is_file()
+    assert "distill@baseline-0" in project.run("dvc", "stage", "list").stdout
