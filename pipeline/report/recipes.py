@@ -23,6 +23,10 @@ PROFILES = {
         "The synthetic city at full size with a pretrained backbone: the profile that settles gains on this city. "
         "They do not carry over to nuScenes by themselves."
     ),
+    "real": (
+        "One real nuScenes keyframe that the models were fitted to and are scored on: it shows that boxes land on real "
+        "objects, and nothing about other scenes."
+    ),
     "nuscenes": "Real nuScenes: these numbers can be compared with published ones of the same split and input size.",
 }
 

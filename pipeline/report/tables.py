@@ -68,8 +68,8 @@ def notes(study: Study) -> list[str]:
     """What a reader must know beside the table."""
     run = study.baseline.first
     lines = [
-        f"nuScenes devkit, detection_cvpr_2019, split {run['split']}: {run['samples']} keyframes, "
-        f"{run['boxes']['truth']} boxes of truth."
+        f"nuScenes devkit, detection_cvpr_2019, split {run['split']}: keyframes {run['samples']}, "
+        f"boxes of truth {run['boxes']['truth']}."
     ]
     if len(study.seeds) == 1:
         lines.append("One seed, no interval: a difference between two rows is not evidence of a gain.")
