@@ -302,9 +302,9 @@ def _log_to(path: Path, rank: int) -> None:
     path = path if rank == 0 else path.with_suffix(f".rank{rank}.log")
     file = logging.FileHandler(path, mode="a")
     handlers: list[logging.Handler] = [file, *([logging.StreamHandler()] if rank == 0 else [])]
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+    for room in ("data", "models", "pipeline", "stages"):
+        logging.getLogger(room).setLevel(logging.INFO)
     faulthandler.enable(path.open("a"), all_threads=False)
 
 
