@@ -117,7 +117,7 @@ def test_the_truth_scores_one_and_has_no_error(
 
 def test_the_truth_of_a_city_scores_one_in_all_ten_classes(params: Params, project: Path, tmp_path: Path) -> None:
     size = {"train_scenes": 0, "train_keyframes": 1, "val_scenes": 6, "val_keyframes": 2}
-    config = CityConfig(**size, seed=0, image=(16, 44), sweeps=1, azimuths=360)
+    config = CityConfig(**size, seed=0, image=(64, 176), sweeps=1, azimuths=360)
     dataroot, index = tmp_path / "city", tmp_path / "outputs/index"
     generate(config, dataroot, "v1.0-trainval", workers=2)
     build_index(dataroot, "v1.0-trainval", ["val"], index)
