@@ -16,7 +16,9 @@ class PointwisePillarNet(BaseModule):
     """PointPillars' feature net over the points that exist.
 
     mmdet3d's ``PillarFeatureNet`` runs over every slot of every pillar, most of them empty, and counts those in its
-    batch statistics and its maximum. This one takes the same arguments and inputs, and differs in just that.
+    batch statistics and its maximum. This one takes the same arguments and inputs, leaves the empty slots out, and
+    scales every coordinate to about [-1, 1]: in metres the position in the scene, up to 50, hides the position in the
+    pillar, up to 0.5, which is what places a box.
 
     Args:
         in_channels: features of a point; the first three are x, y, z.
@@ -34,11 +36,16 @@ class PointwisePillarNet(BaseModule):
                              "use PillarFeatureNet for several layers")
         self.linear = nn.Linear(in_channels + 6, feat_channels[0], bias=False)
         self.norm = build_norm_layer(norm_cfg or {"type": "BN1d", "eps": 1e-3, "momentum": 0.1}, feat_channels[0])[1]
+        low, high = torch.tensor(point_cloud_range).view(2, 3)
+        half_scene, half_pillar = (high - low) / 2, torch.tensor(voxel_size) / 2
+        rest = torch.ones(in_channels - 3)
         self.register_buffer("size", torch.tensor(voxel_size), persistent=False)
-        self.register_buffer("low", torch.tensor(point_cloud_range[:3]), persistent=False)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("scale", torch.cat([half_scene, rest, half_pillar, half_pillar]), persistent=False)
 
     size: Tensor
     low: Tensor
+    scale: Tensor
 
     def forward(self, voxels: Tensor, counts: Tensor, coordinates: Tensor) -> Tensor:
         """Features [V, C] of pillars [V, M, in_channels] with counts [V] and coordinates [V, 4] (sample, z, y, x)."""
@@ -47,6 +54,6 @@ class PointwisePillarNet(BaseModule):
         exists = torch.arange(voxels.shape[1], device=voxels.device) < counts[:, None]
         points, pillar = voxels[exists], exists.nonzero()[:, 0]
         xyz = points[:, :3]
-        decorated = torch.cat([points, xyz - mean[pillar], xyz - center[pillar]], dim=1)
+        decorated = torch.cat([points, xyz - mean[pillar], xyz - center[pillar]], dim=1) / self.scale
         features = self.norm(self.linear(decorated)).relu()
         return torch.segment_reduce(features, "max", lengths=counts.long(), unsafe=True)
