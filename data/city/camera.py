@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -160,12 +159,10 @@ def _facade(points: Array, normals: Array, building: NDArray[np.int32], weather:
 
 def _cloud_map(rng: np.random.Generator) -> Array:
     """Return a field of cloud cover in 0-1 that tiles, [512, 512]."""
-    field = np.zeros((512, 512), np.float32)
-    for cells, weight in ((6, 0.55), (14, 0.3), (40, 0.15)):
-        grain = np.pad(rng.random((cells, cells), dtype=np.float32), ((0, 1), (0, 1)), mode="wrap")
-        size = 512 * (cells + 1) // cells
-        field += weight * cv2.resize(grain, (size, size), interpolation=cv2.INTER_CUBIC)[:512, :512]
-    return ((field - 0.42) * 4).clip(0, 1)
+    rows, columns = np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512)
+    spectrum = 1 / (np.hypot(rows, columns) + 0.004) ** 1.7
+    field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((512, 512))) * spectrum)
+    return (0.35 + 0.5 * (field - field.mean()) / field.std()).clip(0, 1).astype(np.float32)
 
 
 def visible_fractions(
