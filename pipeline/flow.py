@@ -137,7 +137,11 @@ def _build_flow(this: Run) -> Any:
         if not this.plan[name].reasons:
             this.results[name] = Result("cached")
             return Completed(name="Cached")
-        result = this.results[name] = _reproduce(this, name, threads)
+        try:
+            result = _reproduce(this, name, threads)
+        except Exception as error:
+            result = Result("failed", note=f"{type(error).__name__}: {error}")
+        this.results[name] = result
         print(
             f"[{name}] {result.outcome} in {result.seconds:.1f} s{': ' if result.note else ''}{result.note}", flush=True
         )
@@ -181,7 +185,7 @@ def _schedule(this: Run, reproduce: Any) -> None:
         if running:
             name = ended.get()
             running.pop(name)
-            this.results.setdefault(name, Result("failed", note="the task crashed; see Prefect's log"))
+            this.results.setdefault(name, Result("failed", note="Prefect did not run it"))
 
 
 def _reproduce(this: Run, name: str, threads: int) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Size = tuple[Count, Count]
 Range = tuple[float, float]
+COARSEST_STRIDE = 32  # pixels per cell of an image backbone's last stage
 
 
 class ParamsError(PipelineError):
@@ -97,9 +99,11 @@ class InputParams(Section):
 
     @model_validator(mode="after")
     def _size_is_multiple_of_stride(self) -> Self:
-        if any(side % self.depth_stride for side in self.image.size):
+        stride = math.lcm(self.depth_stride, COARSEST_STRIDE)
+        if any(side % stride for side in self.image.size):
             raise ValueError(
-                f"image.size {list(self.image.size)} must be multiples of depth_stride {self.depth_stride}"
+                f"image.size {list(self.image.size)} must be multiples of {stride}: "
+                f"depth_stride is {self.depth_stride}, image backbones go down to stride {COARSEST_STRIDE}"
             )
         for name, (low, high) in {"image.resize": self.image.resize, "bev.scale": self.bev.scale}.items():
             if low > high:
@@ -141,7 +145,9 @@ class TrainConfig(Section):
     accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
     checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
     log_every: Count = 10  # steps
-    workers: int | None = Field(None, ge=0)  # loader processes; none given = one per core, at most 8
+    workers: int | None = Field(
+        None, ge=0
+    )  # loader processes; none given = one per core, at most 8, and 1 without a GPU
 
 
 class TeacherParams(Section):

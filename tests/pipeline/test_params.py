@@ -49,7 +49,7 @@ def test_repository_is_valid() -> None:
         ("range: 51.2", "range: 51.3", ["grid", "51.3", "whole number"]),
         ("lr: 3.0e-3", "lr: -1", ["teachers.lidar.train.lr", "-1", "greater than 0"]),
         ("warmup: 0.3", "warmup: 1.5", ["warmup", "1.5", "less than 1"]),
-        ("  depth_stride: 16", "  depth_stride: 48", ["depth_stride", "48", "multiples"]),
+        ("  depth_stride: 16", "  depth_stride: 48", ["input", "multiples of 96", "depth_stride is 48"]),
         (
             "baseline: {student: camera,",
             "baseline: {student: camera, train: {epoch: 1},",
