@@ -159,6 +159,8 @@ def _publish(plans: list[ScenePlan], store: Path, out_dir: Path, version: str) -
     (root / version).mkdir()
     for name in TABLES:
         (root / version / f"{name}.json").write_text(json.dumps(tables[name], indent=0))
+    # Other paint or weather changes pictures and no table. Whoever watches the tables folder sees it here.
+    (root / version / "city.json").write_text(json.dumps({"identity": store.name}))
     (root / "instances").mkdir()
     for split, content in coco.items():
         (root / "instances" / f"{split}.json").write_text(json.dumps(content))
