@@ -14,19 +14,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import pictures
-from data.augment import BevConfig, ImageConfig
 from data.batch import collate
 from data.blobs import BlobError
 from data.classes import CLASSES
-from data.dataset import GridConfig, InputConfig, NuScenesDataset
-from data.index import Index
+from data.dataset import NuScenesDataset
 from data.metrics import Evaluation, MetricsError, evaluate_submission, open_tables, summary, write_devkit_files
 from data.submission import SampleDetections, SubmissionError, build_submission, write_submission
 from models.detector import Detector
 from pipeline.environment import cores
-from pipeline.params import Params, split_key
+from pipeline.params import split_key
 from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
+from stages.inputs import plain_dataset
 from stages.weights import load_detector
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def _run(context: StageContext, subject: Subject) -> None:
     split = getattr(params.data.splits, params.evaluate.split)
     detector = load_detector(context.root / subject.weights)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
-    dataset = make_dataset(context.root, params, split, detector)
+    dataset = plain_dataset(context.root, params, split, detector)
     detections = predict(detector.to(context.device), dataset, params.evaluate.batch_size, subject.key)
     modalities = {MODALITY[name] for name in detector.sensors}
     write_submission(build_submission(detections, dataset.index, split, modalities), folder / SUBMISSION)
@@ -90,16 +89,6 @@ def _run(context: StageContext, subject: Subject) -> None:
     made.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     context.publish(folder, f"outputs/predictions/{subject.key}")
     context.publish(made, f"reports/metrics/{subject.key}.json")
-
-
-def make_dataset(root: Path, params: Params, split: str, detector: Detector) -> NuScenesDataset:
-    """The split with the sensors that the detector says it reads, and nothing else: no boxes, no depth."""
-    given = params.input.model_dump()
-    config = InputConfig(**{**given, "image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
-    grid = GridConfig(**params.grid.model_dump())
-    index = Index.open(root / "outputs/index")
-    dataroot = root / params.data.dataroot
-    return NuScenesDataset(index, dataroot, split, config, grid, train=False, modalities=detector.sensors)
 
 
 def predict(detector: Detector, dataset: NuScenesDataset, batch_size: int, title: str) -> dict[str, SampleDetections]:

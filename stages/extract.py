@@ -26,7 +26,7 @@ from pipeline.params import Params, TeacherParams
 from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import Preempted
-from stages.inputs import INDEX, plain_training_dataset
+from stages.inputs import INDEX, plain_dataset
 from stages.weights import load_detector
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _extract(context: StageContext, key: str, teacher: TeacherParams) -> None:
     params, made = context.params, context.scratch / "store"
     detector = load_detector(context.root / f"outputs/teachers/{key}")
     extractor = Extractor(detector, cached_taps(teacher), teacher.score_threshold, context.device)
-    dataset = plain_training_dataset(context.root, params, detector)
+    dataset = plain_dataset(context.root, params, params.data.splits.train, detector)
     specs = _specs(extractor, dataset, params.store.dtype)
     planned = plan(made, specs, len(dataset))
     logger.info("plan: %s", planned)
@@ -169,8 +169,8 @@ def _counted(
     for number, output in enumerate(stream):
         if context.stop.is_set():
             raise Preempted(number)
-        yield output
         bar.advance()
+        yield output
 
 
 def _wait_for_all(context: StageContext) -> None:

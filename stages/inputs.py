@@ -18,21 +18,24 @@ INDEX: Final = "outputs/index"
 def training_dataset(root: Path, params: Params, detector: Detector, seed: int) -> NuScenesDataset:
     """The training split, augmented, with what the detector reads and what its losses compare with."""
     truth = {"boxes", "depth"} if "images" in detector.sensors else {"boxes"}
-    return _dataset(root, params, train=True, modalities={*detector.sensors, *truth}, seed=seed)
+    split = params.data.splits.train
+    return _dataset(root, params, split, train=True, modalities={*detector.sensors, *truth}, seed=seed)
 
 
-def plain_training_dataset(root: Path, params: Params, detector: Detector) -> NuScenesDataset:
-    """The training split as at evaluation: no augmentation, no truth."""
-    return _dataset(root, params, train=False, modalities=detector.sensors, seed=0)
+def plain_dataset(root: Path, params: Params, split: str, detector: Detector) -> NuScenesDataset:
+    """A split with the sensors that the detector says it reads, and nothing else: no augmentation, no truth."""
+    return _dataset(root, params, split, train=False, modalities=detector.sensors, seed=0)
 
 
-def _dataset(root: Path, params: Params, *, train: bool, modalities: Collection[str], seed: int) -> NuScenesDataset:
+def _dataset(
+    root: Path, params: Params, split: str, *, train: bool, modalities: Collection[str], seed: int
+) -> NuScenesDataset:
     given = params.input.model_dump()
     config = InputConfig(**{**given, "image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
     return NuScenesDataset(
         Index.open(root / INDEX),
         root / params.data.dataroot,
-        params.data.splits.train,
+        split,
         config,
         GridConfig(**params.grid.model_dump()),
         train=train,

@@ -27,6 +27,7 @@ from pipeline.params import Params, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import evaluate
+from stages.inputs import plain_dataset
 from stages.weights import load_detector, save_detector
 from tests.models.factory import camera_config, lidar_config
 
@@ -69,7 +70,7 @@ def nusc(real_dataroot: Path) -> NuScenes:
 def dataset_of(project: Path, params: Params, split: str, modalities: set[str]) -> NuScenesDataset:
     like = load_detector(project / "outputs/teachers/lidar")
     like.sensors = tuple(modalities)
-    return evaluate.make_dataset(project, params, split, like)
+    return plain_dataset(project, params, split, like)
 
 
 def context_of(project: Path, params: Params, name: str, key: str) -> StageContext:
@@ -122,7 +123,7 @@ def test_the_truth_of_a_city_scores_one_in_all_ten_classes(params: Params, proje
     generate(config, dataroot, "v1.0-trainval", workers=2)
     build_index(dataroot, "v1.0-trainval", ["val"], index)
     there = params.model_copy(update={"data": params.data.model_copy(update={"dataroot": str(dataroot)})})
-    dataset = evaluate.make_dataset(tmp_path, there, "val", load_detector(project / "outputs/teachers/lidar"))
+    dataset = plain_dataset(tmp_path, there, "val", load_detector(project / "outputs/teachers/lidar"))
     dataset.modalities = frozenset({"boxes"})
     submission = build_submission(truth_as_detections(dataset), dataset.index, "val", {"camera"})
     write_submission(submission, tmp_path / "truth.json")
@@ -226,7 +227,7 @@ def test_the_stage_publishes_equal_bytes_twice(project: Path, params: Params, na
 
 
 def test_a_student_is_given_images_only(project: Path, params: Params) -> None:
-    dataset = evaluate.make_dataset(
+    dataset = plain_dataset(
         project, params, "mini_val", load_detector(project / "outputs/students/two-words-3")
     )
     sample = dataset[0]
