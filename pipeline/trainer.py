@@ -290,8 +290,10 @@ class Trainer:
         )
 
     def _loader(self) -> DataLoader[Any]:
-        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = self.config.workers if self.config.workers is not None else max(1, min(share, 8))
+        workers = self.config.workers
+        if workers is None:  # without a GPU the model needs the cores itself
+            cuda = self.fabric.device.type == "cuda"
+            workers = max(1, min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)) if cuda else 1
         return DataLoader(
             KeyedDataset(self.dataset, self.seed),
             batch_sampler=self._batches(),

@@ -2,40 +2,78 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.launch import PREEMPTED
-from tests.pipeline.toy import ROOT, trace
+from tests.pipeline.toy import ROOT, run, trace
 
 TOY = str(ROOT / "tests/pipeline/toy.py")
-SLOW = 'task={"pause": 0.02}'  # seconds per step, so that a signal finds the run alive
-EXACT = 'task={"norm": false, "dropout": 0.0}'
+PAUSE = {"pause": 0.02}  # seconds per step, so that a signal finds the run alive
+EXACT = {"norm": False, "dropout": 0.0}
+FORK = multiprocessing.get_context("fork")
 
 
-def start(folder: Path, *settings: str, processes: int = 1) -> subprocess.Popen[str]:
-    """Start the toy; with several processes under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), TOY, str(folder), *settings]
+def run_logged(folder: Path, settings: dict[str, Any], file_limit: int | None) -> None:
+    """Body of a training process: the toy, with its output in a file and optionally a limit on the size of files."""
+    sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("w", buffering=1)
+    logging.basicConfig(force=True)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    run(folder, **settings)
+
+
+def start(folder: Path, *, file_limit: int | None = None, **settings: Any) -> ForkProcess:
+    """Start the toy in a process of its own, a fork, which spares it the imports."""
+    folder.mkdir(exist_ok=True)
+    process = FORK.Process(target=run_logged, args=(folder, settings, file_limit))
+    process.start()
+    return process
+
+
+def end(process: ForkProcess, folder: Path) -> str:
+    """Wait for a process; returns its output."""
+    process.join(60)
+    assert not process.is_alive()
+    return (folder.parent / f"{folder.name}.log").read_text()
+
+
+def finish(folder: Path, **settings: Any) -> str:
+    """Run the toy to its end; returns its output."""
+    process = start(folder, **settings)
+    output = end(process, folder)
+    assert process.exitcode == 0, output
+    return output
+
+
+def torchrun(folder: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Start the toy in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", TOY, str(folder)]
+    command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
 
 
-def finish(folder: Path, *settings: str, processes: int = 1) -> str:
-    """Run the toy to its end; returns its output."""
-    process = start(folder, *settings, processes=processes)
+def finish_torchrun(folder: Path, **settings: Any) -> None:
+    """Run the toy in two processes to its end."""
+    process = torchrun(folder, **settings)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    return output
 
 
 def lines(folder: Path) -> int:
@@ -44,25 +82,30 @@ def lines(folder: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], seconds: float = 60) -> None:
     """Poll until a condition holds, the process being alive."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert alive(), "the process ended early"
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def kill(process: ForkProcess) -> None:
+    process.kill()
+    process.join()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("one") / "whole"
     finish(folder)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -71,104 +114,112 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert (folder / "weights.safetensors").read_bytes() == (reference / "weights.safetensors").read_bytes()
 
 
-def test_kill_at_several_steps(uninterrupted: Path, tmp_path: Path) -> None:
+def test_kill_at_several_steps(uninterrupted: Path, folder: Path) -> None:
     """With a checkpoint after every step, or (0.001 minutes) after some, so that steps are repeated too."""
     for done, minutes in ((2, 0), (6, 0.001), (11, 0)):
-        process = start(tmp_path, SLOW, "workers=1", f"checkpoint_minutes={minutes}")
-        wait_for(lambda done=done: lines(tmp_path) >= done, process)  # type: ignore[misc]
+        process = start(folder, task=PAUSE, workers=1, checkpoint_minutes=minutes)
+        wait_for(lambda done=done: lines(folder) >= done, process.is_alive)  # type: ignore[misc]
         kill(process)
-        assert not (tmp_path / "weights.safetensors").exists()
-    finish(tmp_path)
-    assert_same_run(tmp_path, uninterrupted)
+        assert not (folder / "weights.safetensors").exists()
+    finish(folder)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_kill_while_a_checkpoint_is_written(uninterrupted: Path, tmp_path: Path) -> None:
-    """Stop the process when the temporary file is seen; if it is still there, the kill falls into the write."""
-    del uninterrupted
-    wide, checkpoints = 'task={"width": 20000}', tmp_path / "checkpoints"  # 50 MB: a write takes a while
-    process = start(tmp_path, wide, "epochs=1")
-    wait_for(lambda: lines(tmp_path) >= 2 and any(checkpoints.glob("*.tmp-*")), process)
+def test_kill_while_a_checkpoint_is_written(folder: Path) -> None:
+    """Kill when the temporary file of a write is seen."""
+    wide, checkpoints = {"width": 10000}, folder / "checkpoints"  # 25 MB: a write takes a while
+    process = start(folder, task=wide, epochs=1)
+    wait_for(lambda: lines(folder) >= 2 and any(checkpoints.glob("*.tmp-*")), process.is_alive)
     kill(process)
-    whole = sorted(checkpoints.glob("*.safetensors"))
     assert list(checkpoints.glob("*.tmp-*")), "the kill missed the write"
-    assert whole
-    finish(tmp_path, wide, "epochs=1")
+    assert list(checkpoints.glob("*.safetensors"))
+    finish(folder, task=wide, epochs=1)
     assert not list(checkpoints.glob("*.tmp-*"))
-    finish(tmp_path / "whole", wide, "epochs=1")
-    assert_same_run(tmp_path, tmp_path / "whole")
+    reference = folder.parent / "whole"
+    finish(reference, task=wide, epochs=1)
+    assert_same_run(folder, reference)
 
 
-def test_sigterm_saves_and_exits_with_its_code(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, SLOW, "checkpoint_minutes=60", "workers=1")
-    wait_for(lambda: lines(tmp_path) >= 4, process)
+def test_sigterm_saves_and_exits_with_its_code(uninterrupted: Path, folder: Path) -> None:
+    process = start(folder, task=PAUSE, checkpoint_minutes=60, workers=1)
+    wait_for(lambda: lines(folder) >= 4, process.is_alive)
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == PREEMPTED, output
+    process.terminate()
+    output = end(process, folder)
+    assert process.exitcode == PREEMPTED, output
     assert time.monotonic() - asked < 10
-    done = lines(tmp_path)
-    assert (tmp_path / "checkpoints" / f"step-{done:08d}.safetensors").exists()
+    done = lines(folder)
+    assert (folder / "checkpoints" / f"step-{done:08d}.safetensors").exists()
     assert 4 <= done < 15
-    finish(tmp_path, "checkpoint_minutes=60")
-    assert_same_run(tmp_path, uninterrupted)
+    finish(folder, checkpoint_minutes=60)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_truncated_newest_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, SLOW)
-    wait_for(lambda: lines(tmp_path) >= 5, process)
+def test_truncated_newest_checkpoint(uninterrupted: Path, folder: Path) -> None:
+    process = start(folder, task=PAUSE)
+    wait_for(lambda: lines(folder) >= 5, process.is_alive)
     kill(process)
-    newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
+    newest = max((folder / "checkpoints").glob("*.safetensors"))
     os.truncate(newest, newest.stat().st_size // 2)
-    assert f"{newest} is damaged" in finish(tmp_path)
-    assert_same_run(tmp_path, uninterrupted)
+    assert f"{newest} is damaged" in finish(folder)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_full_disk(uninterrupted: Path, tmp_path: Path) -> None:
-    """A file-size limit stands in for a full disk: the write fails in the middle, the earlier state stays usable."""
-    command = f"ulimit -f 3; exec {sys.executable} {TOY} {tmp_path} 'task={{\"width\": 40}}'"  # 3 kB of 60
-    failed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert failed.returncode == 1
-    assert "cannot write" in failed.stderr
-    assert "disk is full" in failed.stderr
-    assert not list((tmp_path / "checkpoints").iterdir())
-    (tmp_path / "trace.jsonl").unlink()
-    finish(tmp_path)
-    assert_same_run(tmp_path, uninterrupted)
+def test_full_disk(uninterrupted: Path, folder: Path) -> None:
+    """A file-size limit stands in for a full disk: the write fails in the middle, what was there stays usable."""
+    wide = {"width": 100}  # 200 kB
+    failing = start(folder, task=wide, file_limit=20_000)
+    output = end(failing, folder)
+    assert failing.exitcode == 1
+    assert "cannot write" in output
+    assert "disk is full" in output
+    assert not list((folder / "checkpoints").iterdir())
+    finish(folder)
+    assert_same_run(folder, uninterrupted)
+
+
+def test_nan_with_workers_ends_the_process(folder: Path) -> None:
+    """The error holds the loader alive; its workers must not keep the process from ending."""
+    failing = start(folder, data={"poison": 3}, workers=2)
+    output = end(failing, folder)
+    assert failing.exitcode == 1
+    assert "NonFiniteError" in output
+    assert "token-3" in output
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ddp")
-    finish(folder, EXACT, processes=2)
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    finish_torchrun(folder, task=EXACT)
     return folder
 
 
-def test_two_processes_equal_one(two_processes: Path, tmp_path: Path) -> None:
-    finish(tmp_path, EXACT)
-    for one, two in zip(trace(tmp_path), trace(two_processes), strict=True):
+def test_two_processes_equal_one(two_processes: Path, folder: Path) -> None:
+    finish(folder, task=EXACT)
+    for one, two in zip(trace(folder), trace(two_processes), strict=True):
         for name in ("loss", "mse", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
-    one_state, two_state = (load_file(folder / "weights.safetensors") for folder in (tmp_path, two_processes))
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
+    one_state, two_state = (load_file(run / "weights.safetensors") for run in (folder, two_processes))
     for name, tensor in one_state.items():
         torch.testing.assert_close(two_state[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_resume_under_ddp_and_refusal_of_another_world(two_processes: Path, tmp_path: Path) -> None:
-    slow = 'task={"norm": false, "dropout": 0.0, "pause": 0.02}'
-    process = start(tmp_path, slow, "checkpoint_minutes=0.001", processes=2)
-    wait_for(lambda: lines(tmp_path) >= 6, process)
-    kill(process)
-    wait_for_orphans(tmp_path)
-    alone = start(tmp_path, EXACT)
-    output, _ = alone.communicate(timeout=60)
-    assert alone.returncode == 1
+def test_resume_under_ddp_and_refusal_of_another_world(two_processes: Path, folder: Path) -> None:
+    process = torchrun(folder, task=EXACT | PAUSE, checkpoint_minutes=0.001)
+    wait_for(lambda: lines(folder) >= 6, lambda: process.poll() is None)
+    process.kill()
+    process.communicate()
+    kill_ranks(folder)
+    alone = start(folder, task=EXACT)
+    output = end(alone, folder)
+    assert alone.exitcode == 1
     assert "was made by 2 processes and this run has 1" in output
-    finish(tmp_path, EXACT, processes=2)
-    assert_same_run(tmp_path, two_processes)
+    finish_torchrun(folder, task=EXACT)
+    assert_same_run(folder, two_processes)
 
 
-def wait_for_orphans(folder: Path) -> None:
-    """kill -9 of torchrun leaves its ranks; end the ones of this folder and wait until they are gone."""
+def kill_ranks(folder: Path) -> None:
+    """kill -9 of torchrun leaves its ranks, which have this test's folder in their command: kill those too."""
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(folder).encode() in entry.read_bytes():
@@ -178,9 +229,8 @@ def wait_for_orphans(folder: Path) -> None:
     time.sleep(0.2)
 
 
-def test_a_dead_rank_ends_the_others(tmp_path: Path) -> None:
-    """One rank meets a NaN and stops: torchrun ends the other, the message names the samples."""
-    process = start(tmp_path, EXACT, 'data={"poison": 3}', "workers=1", processes=2)
+def test_a_rank_that_fails_ends_the_others(folder: Path) -> None:
+    process = torchrun(folder, task=EXACT, data={"poison": 3}, workers=1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "token-3" in output
