@@ -24,7 +24,8 @@ def run(context: StageContext) -> None:
         stages=stages,
         edges=edges,
     )
-    for name, text in {"report.html": report.html, "table.md": report.markdown}.items():
+    files = {"report.html": report.html, "table.md": report.markdown, "table.txt": f"{report.plain}\n"}
+    for name, text in files.items():
         made = context.scratch / name
         made.write_text(text)
         context.tracker.log_artifact(made)
