@@ -211,13 +211,8 @@ def _reproduce(this: Run, name: str, threads: int) -> Result:
     seconds = time.monotonic() - started
     if code == 0:
         return Result("done", seconds)
-    note = (
-        "stopped"
-        if this.children.stopped
-        else output.strip().splitlines()[-1]
-        if output.strip()
-        else f"exit code {code}"
-    )
+    last = (output.strip() or f"exit code {code}").splitlines()[-1]
+    note = "stopped" if this.children.stopped else last.removeprefix(f"ERROR: failed to reproduce '{name}': ")
     return Result("failed", seconds, note)
 
 

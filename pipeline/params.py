@@ -145,9 +145,7 @@ class TrainConfig(Section):
     accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
     checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
     log_every: Count = 10  # steps
-    workers: int | None = Field(
-        None, ge=0
-    )  # loader processes; none given = one per core, at most 8, and 1 without a GPU
+    workers: int | None = Field(None, ge=0)  # loader processes; none given: 1, or one per core up to 8 beside a GPU
 
 
 class TeacherParams(Section):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ruamel.yaml import YAML
+
+from pipeline.environment import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMS = (ROOT / "params.yaml").read_text()
+REMOVED = object()
+
+
+def params_text(**changes: Any) -> str:
+    """The repository's params.yaml, plain, with values set by dotted key (`__` for the dots), or REMOVED."""
+    raw = json.loads(json.dumps(YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())))
+    raw |= {
+        "profile": "demo",
+        "seed": 0,
+        "study": {"teachers": ["lidar"], "variants": ["baseline", "xod"], "seeds": [0]},
+    }
+    raw["data"] |= {"worlds": ["city"], "dataroot": "outputs/city"}
+    raw["input"]["image"]["flip"] = 0.5
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = raw
+        for part in path:
+            section = section[part]
+        if value is REMOVED:
+            del section[last]
+        else:
+            section[last] = value
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(raw, stream)
+    return stream.getvalue()
+
 
 DVC_YAML = """
 stages:
@@ -69,7 +100,7 @@ class Project:
         (root / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc" / "config", root / ".dvc" / "config")
         subprocess.run(["git", "init", "-q", str(root)], check=True)
-        self.write("params.yaml", PARAMS)
+        self.set()
         self.write("dvc.yaml", DVC_YAML)
         self.write("stages/__init__.py", "")
         self.write("stages/prepare.py", PREPARE)
@@ -83,6 +114,10 @@ class Project:
         assert old in text, f"{old!r} is not in {path}"
         self.write(path, text.replace(old, new))
 
+    def set(self, **changes: Any) -> None:
+        """Write params.yaml with changes to the repository's."""
+        self.write("params.yaml", params_text(**changes))
+
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """Start `python -m COMMAND`, stdout and stderr together."""
         return subprocess.Popen(
@@ -92,6 +127,7 @@ class Project:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,  # nothing outlives the tests
         )
 
     def run(self, *command: str, code: int | None = 0, **environment: str) -> str:
@@ -125,6 +161,13 @@ class Project:
         """Kill what a failed test left."""
         for process in self.processes():
             process.send_signal(signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

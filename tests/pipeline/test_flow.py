@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.environment import die_with_parent
 from pipeline.processes import Children, stop_groups
-from tests.pipeline.project import Project, wait_until
+from pipeline.tracking import MlflowTracker
+from tests.pipeline.project import Project, free_port, wait_until
 
 # A diamond, and a chain beside it. Each stage notes when it began and ended.
 DIAMOND = """
@@ -70,16 +71,19 @@ class Trace:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server for the tests of this file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     url = f"http://127.0.0.1:{port}/api"
 
@@ -183,7 +187,8 @@ def test_failures_are_named_and_stop_nothing_else(served: Project) -> None:
     served.edit("dvc.yaml", "outs: [beside.txt]", "outs: [beside.txt], meta: {timeout_h: 0.0005}")
     served.write("hold-beside", "")
     output = served.run("pipeline", "run", "--max-parallel", "3", code=1)
-    tail = output[output.index("left failed:") :]
+    tail = output[output.rindex("\n[") :]
+    assert "left failed: failed to run: python work.py left top, exited with 1" in tail
     assert "log:   logs/left.log" in tail
     assert "rerun: dvc repro --single-item left" in tail
     assert "left has no luck" in output
@@ -298,9 +303,12 @@ def test_groups_that_ignore_sigterm_are_killed() -> None:
         children.start(["true"])
 
 
-def test_ui_and_servers_end_together(make_project: Callable[..., Project], database: str) -> None:
+def test_servers_work_and_end_together(
+    make_project: Callable[..., Project], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = make_project(MLFLOW_TRACKING_URI=database)
-    up = project.start("pipeline", "up", "--prefect-port", "42133", "--mlflow-port", "42134")
+    prefect, mlflow = free_port(), free_port()
+    up = project.start("pipeline", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow))
 
     def answers(url: str) -> bool:
         try:
@@ -308,7 +316,18 @@ def test_ui_and_servers_end_together(make_project: Callable[..., Project], datab
         except OSError:
             return False
 
-    wait_until(lambda: answers("http://127.0.0.1:42133/api/health") and answers("http://127.0.0.1:42134/health"), 120)
+    wait_until(
+        lambda: answers(f"http://127.0.0.1:{prefect}/api/health") and answers(f"http://127.0.0.1:{mlflow}/health"), 120
+    )
+    url = f"http://127.0.0.1:{mlflow}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)  # a tracker that talks to the server
+    tracker = MlflowTracker("remote", project.root, {})
+    tracker.log_metrics({"m": 1.0}, 7)
+    tracker.log_artifact(project.root / "params.yaml")
+    tracker.close()
+    (run,) = MlflowClient(url).search_runs(["1"])
+    assert (run.info.run_name, run.info.status, run.data.metrics) == ("remote", "FINISHED", {"m": 1.0})
+    assert [item.path for item in MlflowClient(url).list_artifacts(run.info.run_id)] == ["params.yaml"]
     up.terminate()
     up.communicate(timeout=30)
     assert project.processes() == []

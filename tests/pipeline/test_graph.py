@@ -38,8 +38,9 @@ def chain(project: Project) -> Project:
     return project
 
 
-def test_the_repository_has_the_stages_that_it_should() -> None:
-    nodes = graph.graph(ROOT)
+def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
+    project.write("dvc.yaml", (ROOT / "dvc.yaml").read_text())
+    nodes = graph.graph(project.root)
     names = list(nodes)
     assert names[0] == "generate@city"
     assert names[-1] == "report"
@@ -71,9 +72,9 @@ def test_status_says_why(chain: Project) -> None:
     assert graph.status(chain.root) == {name: ["never ran"] for name in ("one", "two", "three@a", "three@b")}
     chain.repro()
     assert graph.status(chain.root) == {}
-    chain.edit("params.yaml", "    flip: 0.5 ", "    flip: 0.25")
+    chain.set(input__image__flip=0.25)
     assert graph.status(chain.root) == {"one": ["param input.image.flip: 0.5 -> 0.25"]}
-    chain.edit("params.yaml", "    flip: 0.25", "    flip: 0.5 ")
+    chain.set()
     chain.write("in.txt", "2")
     (chain.root / "three-a.txt").unlink()
     chain.edit("dvc.yaml", "mkdir -p d &&", "mkdir -p d;")
@@ -92,12 +93,16 @@ def test_fingerprint_follows_command_dependencies_and_params_and_not_meta(chain:
     assert len(first.fingerprint) == 64
 
     chain.edit("dvc.yaml", "gpus: 2", "gpus: 8")
-    chain.edit("params.yaml", "skip_broken: 0", "skip_broken: 5")  # not a param of this stage
+    chain.set(data__skip_broken=5)  # not a param of this stage
     again = graph.resolve("one", chain.root)
     assert again.meta["gpus"] == 8
     assert again.fingerprint == first.fingerprint
 
-    changes = [("dvc.yaml", "cp in.txt", "cp -f in.txt"), ("in.txt", "1", "2"), ("params.yaml", "seed: 0 ", "seed: 1 ")]
+    changes = [
+        ("dvc.yaml", "cp in.txt", "cp -f in.txt"),
+        ("in.txt", "1", "2"),
+        ("params.yaml", "\nseed: 0", "\nseed: 1"),
+    ]
     seen = {first.fingerprint}
     for path, old, new in changes:
         text = (chain.root / path).read_text()

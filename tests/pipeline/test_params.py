@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.params import ParamsError, flatten, load_params, merge, split_key
-from tests.pipeline.project import PARAMS, ROOT
+from tests.pipeline.project import REMOVED, ROOT, params_text
 
 
-def broken(tmp_path: Path, old: str, new: str) -> str:
-    """The message for params.yaml with one change."""
-    assert old in PARAMS
+def broken(tmp_path: Path, **changes: Any) -> str:
+    """The message for params.yaml with changes."""
     path = tmp_path / "params.yaml"
-    path.write_text(PARAMS.replace(old, new, 1))
+    path.write_text(params_text(**changes))
     with pytest.raises(ParamsError) as error:
         load_params(path)
     return str(error.value)
@@ -26,59 +26,58 @@ def test_repository_is_valid() -> None:
     assert params.student(params.study.variants[0]).train.epochs == params.students["camera"].train.epochs
 
 
+BOXES = {"student": "head", "teacher": "lidar.boxes"}
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "parts"),
+    ("changes", "parts"),
     [
-        ("skip_broken: 0", "skip_broken: many", ["data.skip_broken", "'many'", "integer"]),
-        ("  frames: 1 ", "  frames: 3 ", ["input.frames", "3", "1 or 2"]),
-        ("  radar: false", "  radars: false", ["input.radars", "unknown key", "did you mean 'radar'"]),
-        ("  radar: false", "", ["input.radar", "missing"]),
+        ({"data__skip_broken": "many"}, ["data.skip_broken", "'many'", "integer"]),
+        ({"input__frames": 3}, ["input.frames", "3", "1 or 2"]),
+        ({"input__radars": True}, ["input.radars", "unknown key", "did you mean 'radar'"]),
+        ({"input__radar": REMOVED}, ["input.radar", "missing"]),
+        ({"study__teachers": ["lydar"]}, ["study.teachers", "'lydar'", "did you mean 'lidar'"]),
+        ({"variants__xod__student": "kamera"}, ["variants.xod.student", "'kamera'", "did you mean 'camera'"]),
         (
-            "study: {teachers: [lidar]",
-            "study: {teachers: [lydar]",
-            ["study.teachers", "'lydar'", "did you mean 'lidar'"],
+            {"variants__xod__terms": {"cls": BOXES | {"teacher": "lidar.box"}}},
+            ["variants.xod.terms.cls.teacher", "lidar.box", "did you mean 'boxes'"],
         ),
-        ("xod: {student: camera", "xod: {student: kamera", ["variants.xod.student", "'kamera'", "'camera'"]),
-        (
-            "teacher: lidar.boxes",
-            "teacher: lidar.box",
-            ["variants.xod.terms.xod_cls.teacher", "lidar.box", "allowed: boxes"],
-        ),
-        ("teacher: lidar.boxes", "teacher: radar.boxes", ["unknown teacher", "allowed: lidar"]),
-        ("z: [-5.0, 3.0]", "z: [5.0, 3.0]", ["grid", "lowest"]),
-        ("range: 51.2", "range: 51.3", ["grid", "51.3", "whole number"]),
-        ("lr: 3.0e-3", "lr: -1", ["teachers.lidar.train.lr", "-1", "greater than 0"]),
-        ("warmup: 0.3", "warmup: 1.5", ["warmup", "1.5", "less than 1"]),
-        ("  depth_stride: 16", "  depth_stride: 48", ["input", "multiples of 96", "depth_stride is 48"]),
-        (
-            "baseline: {student: camera,",
-            "baseline: {student: camera, train: {epoch: 1},",
-            ["variants.baseline.train.epoch"],
-        ),
-        ("seeds: [0]", "seeds: [0, 0]", ["study.seeds", "more than once"]),
-        ("seed: 0 ", "seed: 0\nseed: 1 ", ["not valid YAML", "seed"]),
+        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown teacher", "allowed: lidar"]),
+        ({"variants__baseline__train": {"epoch": 1}}, ["variants.baseline.train.epoch", "did you mean 'epochs'"]),
+        ({"grid__z": [5.0, 3.0]}, ["grid", "[5.0, 3.0]", "lowest"]),
+        ({"grid__range": 51.3}, ["grid", "51.3", "whole number"]),
+        ({"teachers__lidar__train__lr": -1}, ["teachers.lidar.train.lr", "-1", "greater than 0"]),
+        ({"teachers__lidar__train__warmup": 1.5}, ["warmup", "1.5", "less than 1"]),
+        ({"input__image__size": [128, 360]}, ["input", "[128, 360]", "multiples of 32"]),
+        ({"input__depth_stride": 48}, ["multiples of 96", "depth_stride is 48"]),
+        ({"study__seeds": [0, 0]}, ["study.seeds", "more than once"]),
+        ({"data__version": "v1.0"}, ["data.version", "'v1.0'", "v1.0-mini"]),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
-    message = broken(tmp_path, old, new)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    message = broken(tmp_path, **changes)
     for part in parts:
         assert part in message, message
 
 
+def test_duplicate_keys_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(params_text() + "seed: 1\n")
+    with pytest.raises(ParamsError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
 def test_more_sweeps_than_the_city_has(tmp_path: Path) -> None:
-    lines = PARAMS.splitlines()
-    start = lines.index("input:")
-    at = next(i for i in range(start, len(lines)) if lines[i].startswith("  sweeps:"))
-    message = broken(tmp_path, "\n".join(lines[start : at + 1]), "\n".join([*lines[start:at], "  sweeps: 99"]))
+    world = {"data__worlds": ["city"], "data__dataroot": "outputs/city"}
+    message = broken(tmp_path, input__sweeps=99, **world)
     assert "input.sweeps: 99" in message
     assert "city.sweeps" in message
     path = tmp_path / "params.yaml"  # a real dataroot has more sweeps than the city
-    path.write_text(path.read_text().replace("worlds: [city]", "worlds: []  "))
+    path.write_text(params_text(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes"))
     assert load_params(path).input.sweeps == 99
 
 
 def test_unknown_profile_only_where_there_are_profiles(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(PARAMS.replace("profile: demo", "profile: domo"))
+    (tmp_path / "params.yaml").write_text(params_text(profile="domo"))
     assert load_params(tmp_path / "params.yaml").profile == "domo"
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "demo.yaml").write_text("{}")
@@ -96,7 +95,7 @@ def test_missing_file_and_wrong_shape(tmp_path: Path) -> None:
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(PARAMS.replace("baseline: {student: camera,", "baseline: {student: camera, train: {lr: 1e-5},", 1))
+    path.write_text(params_text(variants__baseline__train={"lr": 1e-5}))
     params = load_params(path)
     assert params.student("baseline").train.lr == 1e-5
     assert params.student("xod").train == params.students["camera"].train
