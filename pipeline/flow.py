@@ -53,6 +53,7 @@ class Step:
 
     node: Node
     reasons: list[str]
+    beside: int  # stages of the graph that may run at the same time
 
 
 Plan = dict[str, Step]
@@ -81,13 +82,14 @@ class Run:
 
 def make_plan(root: Path, targets: Sequence[str]) -> Plan:
     """The targets and all they need (without targets: everything), each with the reasons to run it."""
-    nodes = graph.select(graph.graph(root), targets)
+    everything = graph.graph(root)
+    nodes = graph.select(everything, targets)
     changed = graph.status(root)
     plan: Plan = {}
     for name, node in nodes.items():
         reasons = list(changed.get(name, ()))
         reasons += [f"after {other}" for other in node.upstream if other in plan and plan[other].reasons]
-        plan[name] = Step(node, reasons)
+        plan[name] = Step(node, reasons, graph.beside(everything, name))
     return plan
 
 
@@ -133,12 +135,12 @@ def _build_flow(this: Run) -> Any:
     from prefect.task_runners import ThreadPoolTaskRunner
 
     @task(cache_policy=NO_CACHE, persist_result=False)
-    def reproduce(name: str, threads: int) -> Any:
+    def reproduce(name: str) -> Any:
         if not this.plan[name].reasons:
             this.results[name] = Result("cached")
             return Completed(name="Cached")
         try:
-            result = _reproduce(this, name, threads)
+            result = _reproduce(this, name)
         except Exception as error:
             result = Result("failed", note=f"{type(error).__name__}: {error}")
         this.results[name] = result
@@ -176,11 +178,9 @@ def _schedule(this: Run, reproduce: Any) -> None:
             for name, step in waiting.items()
             if all(other in this.results for other in step.node.upstream if other in this.plan)
         ]
-        busy = sum(bool(this.plan[name].reasons) for name in [*ready, *running])
-        threads = max(1, cores() // max(1, min(this.slots, busy)))
         for name in ready:
             del waiting[name]
-            running[name] = reproduce.with_options(name=name).submit(name, threads)
+            running[name] = reproduce.with_options(name=name).submit(name)
             running[name].add_done_callback(lambda _, name=name: ended.put(name))
         if running:
             name = ended.get()
@@ -188,20 +188,18 @@ def _schedule(this: Run, reproduce: Any) -> None:
             this.results.setdefault(name, Result("failed", note="Prefect did not run it"))
 
 
-def _reproduce(this: Run, name: str, threads: int) -> Result:
+def _reproduce(this: Run, name: str) -> Result:
     """Run one stage through DVC, again when it was preempted or DVC was locked."""
     started = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         moment = time.time()
         try:
-            code, output = _run_child(this, name, ["repro", "--single-item", name], threads)
+            code, output = _run_child(this, name, ["repro", "--single-item", name])
         except InterruptedError:
             code, output = 1, "stopped"
         locked = code != 0 and any(sign in output for sign in LOCKED)
         if locked and _finished(this.root, name, moment):
-            code, output = _run_child(
-                this, name, ["commit", "--force", name], threads
-            )  # the work is done, not recorded
+            code, output = _run_child(this, name, ["commit", "--force", name])  # the work is done, not recorded
             locked = code != 0 and any(sign in output for sign in LOCKED)
         again = code != 0 and (locked or PREEMPTION in output) and not this.children.stopped
         if not again or attempt == ATTEMPTS:
@@ -216,13 +214,13 @@ def _reproduce(this: Run, name: str, threads: int) -> Result:
     return Result("failed", seconds, note)
 
 
-def _run_child(this: Run, name: str, arguments: list[str], threads: int) -> tuple[int, str]:
+def _run_child(this: Run, name: str, arguments: list[str]) -> tuple[int, str]:
     """Run `dvc ARGUMENTS` to its end or its timeout, passing its lines on; returns its exit code and its last lines."""
     hours = this.plan[name].node.meta.get("timeout_h")
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     child = this.children.start(
         command,
-        _environment(this, threads),
+        _environment(this, name),
         cwd=this.root,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -255,11 +253,16 @@ def _run_child(this: Run, name: str, arguments: list[str], threads: int) -> tupl
     return code, "".join(tail)
 
 
-def _environment(this: Run, threads: int) -> dict[str, str]:
-    """The environment of a child: this Python first on the path, and its share of the cores where none is set."""
+def _environment(this: Run, name: str) -> dict[str, str]:
+    """The environment of a child: this Python first on the path, and its share of the cores where none is set.
+
+    The share follows from the graph and not from what happens to run: another number of threads adds in another order,
+    and a stage must give the same bits whether its neighbours are up to date or not.
+    """
     environment = {**os.environ, **this.environment}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    threads = cores() // min(this.slots, 1 + this.plan[name].beside)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return environment
 
 

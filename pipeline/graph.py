@@ -135,6 +135,13 @@ def select(nodes: Mapping[str, Node], targets: Iterable[str]) -> dict[str, Node]
     return {name: node for name, node in nodes.items() if name in wanted}
 
 
+def beside(nodes: Mapping[str, Node], name: str) -> int:
+    """How many stages may run at the same time as a stage: those that it does not need and that do not need it."""
+    needed = set(select(nodes, [name]))
+    dependants = {other for other in nodes if name in select(nodes, [other])}
+    return len(nodes.keys() - needed - dependants)
+
+
 @contextlib.contextmanager
 def _repo(root: Path | None) -> Iterator[Repo]:
     """DVC's view of the project; its errors become ours, with what to do."""

@@ -154,3 +154,10 @@ def test_broken_projects_are_named(chain: Project) -> None:
     chain.edit("dvc.yaml", "deps: [one.txt]", "dips: [one.txt]")
     with pytest.raises(graph.GraphError, match=r"dvc\.yaml"):
         graph.graph(chain.root)
+
+
+def test_beside_counts_what_is_neither_needed_nor_dependent() -> None:
+    upstream = {"a": (), "b": ("a",), "c": ("a",), "d": ("b",), "e": ("c", "d"), "alone": ()}
+    nodes = {name: graph.Node(name, "true", {}, needs, ()) for name, needs in upstream.items()}
+    counts = {name: graph.beside(nodes, name) for name in nodes}
+    assert counts == {"a": 1, "b": 2, "c": 3, "d": 2, "e": 1, "alone": 5}
