@@ -131,15 +131,23 @@ def test_the_lift_follows_a_flip_of_the_bev(axis: int, dim: int) -> None:
 
 
 def test_the_lift_puts_a_pixel_where_its_ray_goes() -> None:
-    """A single image cell at a single depth must land where the pinhole model puts it."""
+    """Every cell of an image row must land where the pinhole model puts its centre, at every depth.
+
+    Whole numbers are the centres of pixels, so the centre of eight pixels is at 3.5: half a pixel more would move a
+    third of the far points to a neighbouring BEV cell.
+    """
     detector = build_detector(camera_config())
     batch = random_batch(batch_size=1)
-    cells = detector._cells(batch, 0, torch.Size((4, 8))).view(3, 4, 8, 20)  # type: ignore[operator]
-    depth = 7.5  # the centre of bin 6; camera 0 looks along +y from (0, 0.5)
-    u = (2 + 0.5) * 8
-    x, y = (u - 32) / 40 * depth, 0.5 + depth
-    iy, ix = divmod(int(cells[0, 2, 2, 6]), 32)
-    assert (ix, iy) == (int((x + 12.8) // 0.8), int((y + 12.8) // 0.8))
+    cells = detector._cells(batch, 0, torch.Size((4, 8))).view(3, 4, 8, 20)[0, 2]  # type: ignore[operator]
+    depth = torch.arange(20) + 1.5  # centres of the bins; camera 0 looks along +y from (0, 0.5)
+    u = torch.arange(8)[:, None] * 8 + 3.5
+    column = ((u - 32) / 40 * depth + 12.8).div(0.8, rounding_mode="floor").long()
+    row = (0.5 + depth + 12.8).div(0.8, rounding_mode="floor").long().expand_as(column)
+    inside = (column >= 0) & (column < 32) & (row < 32)
+    seen = cells >= 0  # a ray also leaves the grid through its floor
+    assert seen.sum() > 40
+    assert torch.equal(cells[seen], (row * 32 + column)[seen])
+    assert inside[seen].all()
 
 
 def test_lidar_flips_with_its_points() -> None:
