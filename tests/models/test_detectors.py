@@ -217,15 +217,14 @@ VOXELS = lidar_config(
 )
 
 
-def test_voxels_without_spconv_say_what_to_install() -> None:
-    if importlib.util.find_spec("spconv") is not None:
-        pytest.skip("spconv is installed")
+def test_voxels_without_spconv_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "spconv" else find(name, *rest))
     with pytest.raises(ModuleNotFoundError, match="pip install spconv"):
         build_detector(VOXELS)
 
 
 def test_voxels_with_spconv_detect_on_the_same_grid() -> None:
-    pytest.importorskip("spconv")
     detector = build_detector(VOXELS).eval()
     batch = random_batch()
     with torch.no_grad():
