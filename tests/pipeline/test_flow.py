@@ -159,9 +159,8 @@ def test_diamond_with_a_temporary_server(make_project: Callable[..., Project], d
     assert sorted(trace.names("end")) == ["beside", "bottom", "left", "right", "top"]
     assert trace.time("top", "end") < min(trace.time("left", "begin"), trace.time("right", "begin"))
     assert trace.time("bottom", "begin") > max(trace.time("left", "end"), trace.time("right", "end"))
-    assert {row[3] for row in trace.rows if row[0] == "bottom"} == {
-        str(len(os.sched_getaffinity(0)))
-    }  # alone: all cores
+    share = max(1, len(os.sched_getaffinity(0)) // 2)  # every stage here has one that may run beside it
+    assert {row[3] for row in trace.rows} == {str(share)}
     assert project.processes() == []
     assert (project.root / ".prefect").is_dir()
     run = MlflowClient(database).search_runs(["1"])[0]
