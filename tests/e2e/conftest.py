@@ -48,16 +48,25 @@ class Project:
             while not reached():
                 assert dvc.poll() is None, f"dvc repro ended before {stage} could be killed:\n{log.read_text()}"
                 time.sleep(0.01)
-            for child in psutil.Process(dvc.pid).children(recursive=True):
-                if stage in " ".join(child.cmdline()):
-                    child.send_signal(signal.SIGKILL)
+            killed = [child for child in psutil.Process(dvc.pid).children(recursive=True) if is_stage(child, stage)]
+            for child in killed:
+                child.send_signal(signal.SIGKILL)
             dvc.wait(timeout=120)
+        assert killed, f"{stage} had ended before it could be killed:\n{log.read_text()}"
         assert dvc.returncode != 0, f"{stage} survived kill -9"
         return log.read_text()
 
     def metrics(self) -> dict[str, str]:
         """The metrics files of the study, by name."""
         return {path.name: path.read_text() for path in sorted((self.root / "reports/metrics").glob("*.json"))}
+
+
+def is_stage(process: psutil.Process, stage: str) -> bool:
+    """Whether a process runs a stage, or is a loader's worker of one."""
+    try:
+        return f"stage {stage}" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 @pytest.fixture(scope="session")
