@@ -20,7 +20,7 @@ CLASSES: Final = (
     "traffic_cone",
 )
 
-# CenterPoint (Yin et al., CVPR 2021), section 5: classes of similar size share a head.
+# CenterPoint (Yin et al., CVPR 2021): classes of similar size share a head.
 TASKS: Final = (
     ("car",),
     ("truck", "construction_vehicle"),

@@ -1,6 +1,6 @@
 """The camera-aware depth network of BEVDepth, and its supervision by LiDAR.
 
-Li et al., "BEVDepth: Acquisition of Reliable Depth for Multi-view 3D Object Detection", AAAI 2023, section 3.
+Li et al., "BEVDepth: Acquisition of Reliable Depth for Multi-view 3D Object Detection", AAAI 2023.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +66,7 @@ class Detections(NamedTuple):
     """[K] int64."""
 
 
-class Detector(nn.Module):
+class Detector(nn.Module, ABC):
     """A 3D detector: forward to head maps and taps, loss against boxes, decoding to boxes."""
 
     sensors: tuple[str, ...]
@@ -75,20 +76,20 @@ class Detector(nn.Module):
     targets: TargetEncoder
     """How boxes become head targets on this detector's grid."""
 
+    @abstractmethod
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """Head maps of a batch, and the named taps.
 
         ``boxes`` may be named and is not returned: boxes come from :meth:`decode`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         """Weighted supervised losses by name; their sum is what is minimised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, prediction: Prediction) -> list[Detections]:
         """Boxes of each sample."""
-        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Initialise every part by its own ``init_cfg`` (which may name a checkpoint)."""

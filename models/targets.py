@@ -1,6 +1,6 @@
 """CenterPoint targets: boxes to Gaussian heatmaps and regression codes, for all boxes of a batch at once.
 
-Yin, Zhou, Kraehenbuehl, "Center-based 3D Object Detection and Tracking", CVPR 2021, section 4; numerically equal to
+Yin, Zhou, Kraehenbuehl, "Center-based 3D Object Detection and Tracking", CVPR 2021; numerically equal to
 mmdet3d's ``CenterHead.get_targets``.
 """
 

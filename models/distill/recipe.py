@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,20 +21,20 @@ SMALLEST_STD = 0.05
 """Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     """One distillation loss, not yet weighted."""
 
     def __init__(self, config: TermConfig) -> None:
         super().__init__()
         self.config = config
 
+    @abstractmethod
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
         """The scalar loss; no gradient reaches the teacher's outputs."""
-        raise NotImplementedError
 
 
 class BoxTerm(Term):
-    """Output distillation from a teacher's boxes (X³KD's X-OD, section 3.3; the reading by boxes).
+    """Output distillation from a teacher's boxes (X³KD's X-OD; our reconstruction, the reading by boxes).
 
     The boxes whose score passes the threshold are drawn as Gaussians that rise to their score. ``gfl`` and ``qfl``
     compare the student's heatmaps with them; ``sl1``, ``l1`` and ``l2`` compare the ten regression values at their
@@ -84,7 +85,7 @@ class BoxTerm(Term):
 
 
 class MapTerm(Term):
-    """Feature distillation between dense BEV maps (X³KD's X-FD, section 3.3, with the adapter ``decoder``).
+    """Feature distillation between dense BEV maps (X³KD's X-FD with the adapter ``decoder``; our reconstruction).
 
     Both maps are divided by the teacher's standard deviation per channel, a constant, so that weights mean the same
     for every teacher. The cells that ``<tap>.valid`` leaves out do not count.
