@@ -51,14 +51,14 @@ def params_text(**changes: Any) -> str:
 DVC_YAML = """
 stages:
   prepare:
-    cmd: python -m pipeline stage prepare
+    cmd: exec python -m pipeline stage prepare
     deps: [stages/prepare.py]
     params: [input.sweeps]
     outs: [outputs/index]
     meta: {gpus: 0, timeout_h: 1}
   distill:
     matrix: {variant: "${study.variants}", seed: "${study.seeds}"}
-    cmd: python -m pipeline stage distill --key ${key}
+    cmd: exec python -m pipeline stage distill --key ${key}
     deps: [stages/distill.py, outputs/index]
     params: ["variants.${item.variant}"]
     outs: ["outputs/students/${key}"]
@@ -93,6 +93,7 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "DVC_SITE_CACHE_DIR": str(root / ".site-cache"),
             "CUDA_VISIBLE_DEVICES": "",
+            "SHELL": "/bin/sh",  # what DVC starts a cmd with; bash would step aside for the stage by itself, dash stays
             "PIPELINE_TRACK_LATER": "1",
             **environment,
         }

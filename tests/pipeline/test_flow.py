@@ -225,7 +225,7 @@ def test_cancelling_leaves_no_process(served: Project, number: int) -> None:
 @with_server
 def test_killing_the_flow_ends_the_stages(served: Project) -> None:
     """kill -9 of the flow: DVC is told by the kernel, and then the stage."""
-    served.edit("dvc.yaml", "python work.py beside", "python -m pipeline stage beside")
+    served.edit("dvc.yaml", "python work.py beside", "exec python -m pipeline stage beside")
     served.write(
         "stages/beside.py",
         "import os, time\ndef run(context):\n    open('pid.txt', 'w').write(str(os.getpid()))\n    time.sleep(100)\n",
@@ -240,7 +240,7 @@ def test_killing_the_flow_ends_the_stages(served: Project) -> None:
 @with_server
 def test_work_that_dvc_could_not_record_is_recorded_not_repeated(served: Project) -> None:
     """DVC gives up on its lock when the stage has just ended (a long commit beside it): the flow commits the outs."""
-    served.edit("dvc.yaml", "python work.py beside", "python -m pipeline stage beside")
+    served.edit("dvc.yaml", "python work.py beside", "exec python -m pipeline stage beside")
     served.write(
         "stages/beside.py",
         "import os, time\n"

@@ -50,7 +50,7 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert nodes["evaluate@baseline-0"].upstream == ("distill@baseline-0", "prepare")
     for name, node in nodes.items():
         base, _, key = name.partition("@")
-        assert node.cmd == f"python -m pipeline stage {base}" + (f" --key {key}" if key else "")
+        assert node.cmd == f"exec python -m pipeline stage {base}" + (f" --key {key}" if key else "")
         assert {"gpus", "timeout_h"} <= node.meta.keys()
         assert all(names.index(other) < names.index(name) for other in node.upstream)
 
