@@ -1,9 +1,10 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
 # make test   lint and the test suite
+# make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
 # make ui     MLflow on http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui up clean
+.PHONY: help setup demo test lint bench ui up clean
 SHELL := /bin/bash
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -33,6 +34,13 @@ lint: setup
 
 test: lint
 	@.venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup
+
+BENCH := outputs/benchmarks
+bench: setup     ## the tables of docs/benchmarks.md; numbers and pictures go to outputs/benchmarks
+	@mkdir -p $(BENCH)
+	@$(PY) benchmarks/store_read.py --rounds 3 --json $(BENCH)/store-read.json --chart $(BENCH)/store-read.svg
+	@$(PY) benchmarks/store_step.py --rounds 20 --json $(BENCH)/store-step.json --chart $(BENCH)/store-step.svg
+	@$(PY) benchmarks/store_size.py --json $(BENCH)/store-size.json --chart $(BENCH)/store-size.svg
 
 ui: setup
 	@$(PY) -m pipeline ui

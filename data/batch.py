@@ -1,7 +1,7 @@
 """One sample and a batch of them. Frames: 0 is the keyframe, 1 the previous one; six cameras in the order of CAMERAS.
 
 Intrinsics, image_aug and lidar_SE3_cam take a pixel of the network back to the canonical LiDAR frame of the keyframe;
-bev_aug goes on to the augmented frame, in which points, RADAR, boxes and teacher outputs are given.
+bev_aug goes on to the augmented frame, in which points, RADAR and boxes, a teacher's too, are given.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Batch:
     boxes: list[Tensor]  # of [M, 9], see data.boxes; augmented frame
     labels: list[Tensor]  # of [M] int64, positions in CLASSES
     depth: Tensor  # [B, 6, H / stride, W / stride] in m, 0 where unknown; supervision of training only
-    teacher: dict[str, Any] = field(default_factory=dict)  # teacher outputs; augmented frame
+    # Teacher outputs: boxes in the augmented frame, stored maps in the LiDAR frame (data.teacher)
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,4 +1,4 @@
-"""Pictures of keyframes: six cameras and bird's-eye view with boxes, and precision-recall curves.
+"""Pictures of keyframes: six cameras, bird's-eye view and feature maps with boxes, and precision-recall curves.
 
 Panels are RGB arrays [H, W, 3] of uint8, drawn with matplotlib's Agg canvas, so the same input gives the same bytes.
 A class has one colour everywhere; the truth of a predictions' panel is dashed and grey.
@@ -55,10 +55,12 @@ _BACKGROUND: Final = "#10151c"
 _INK: Final = "#e8ecf1"
 _SOFT: Final = "#8d99a6"
 _GRID: Final = "#27303b"
+_ABSENT: Final = "#6b7178"
 _DPI: Final = 100
 _CELL: Final = 480  # pixels, width of one camera
 _BEV: Final = 600
 _GAP: Final = 4
+HALF: Final = (3 * _CELL) // 2  # pixels, width of one of two panels below the cameras, with a gap between them
 _STRIP: Final = 30  # pixels, height of the title strip
 
 _BOTTOM: Final = ((0, 1), (1, 2), (2, 3), (3, 0))
@@ -194,13 +196,11 @@ def _pinhole(points: Array, intrinsics: Array) -> Array:
     return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
-def draw_bev(view: View, shown: Boxes, title: str, beneath: Boxes | None = None) -> Picture:
-    """Bird's-eye view of +-51.2 m, forward up, with the LiDAR points; `beneath` is drawn dashed and grey."""
-    size = (_BEV, _BEV + _STRIP)
-    figure = _figure(size)
-    figure.text(8 / size[0], 1 - _STRIP / 2 / size[1], title, color=_INK, fontsize=9.5, va="center")
-    axes = _axes(figure, size, (0, _STRIP), (_BEV, _BEV))
-    axes.set(xlim=(-BEV_RANGE, BEV_RANGE), ylim=(-BEV_RANGE, BEV_RANGE), facecolor=_BACKGROUND)
+def draw_bev(
+    view: View, shown: Boxes, title: str, beneath: Boxes | None = None, reach: float = BEV_RANGE, side: int = _BEV
+) -> Picture:
+    """Bird's-eye view of +-reach metres, forward up, with the LiDAR points; `beneath` is drawn dashed and grey."""
+    figure, axes = _bev_axes(title, reach, side)
     _rings(axes)
     points = view.points
     axes.scatter(points[:, 0], points[:, 1], c=points[:, 2], cmap=_HEIGHT, vmin=-2, vmax=3, s=0.55, linewidths=0)
@@ -209,6 +209,81 @@ def draw_bev(view: View, shown: Boxes, title: str, beneath: Boxes | None = None)
     _footprints(axes, shown, shown.colours(), "solid", 0.25)
     axes.add_collection(PolyCollection([_EGO], facecolors=_INK, edgecolors=_BACKGROUND, linewidths=0.8, zorder=5))
     return _render(figure)
+
+
+def draw_map(
+    colours: Picture,
+    extent: float,
+    shown: Boxes,
+    title: str,
+    beneath: Boxes,
+    reach: float = BEV_RANGE,
+    side: int = _BEV,
+) -> Picture:
+    """A feature map with outlines of boxes in white, at the scale and in the orientation of `draw_bev`.
+
+    Args:
+        colours: [H, W, 3] of the cells, H along y and W along x of the LiDAR frame (`feature_colours`).
+        extent: half the side of the map, metres.
+        shown: boxes to outline.
+        title: the line above.
+        beneath: boxes to outline in dashes.
+        reach: half the side of what is shown, metres.
+        side: of the panel, pixels.
+    """
+    figure, axes = _bev_axes(title, reach, side)
+    axes.imshow(colours, extent=(-extent, extent, -extent, extent), origin="lower", interpolation="nearest", zorder=0)
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    for boxes, style in ((beneath, (0, (3, 2))), (shown, "solid")):
+        _footprints(axes, boxes, ["#ffffff"] * len(boxes.boxes), style, 0.0, _CASING)
+    axes.add_collection(PolyCollection([_EGO], facecolors=_INK, edgecolors=_BACKGROUND, linewidths=0.8, zorder=5))
+    return _render(figure)
+
+
+def feature_colours(features: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> Picture:
+    """Colours of a feature map: its three principal components as red, green and blue.
+
+    The components are those of the cells of this map that are there and not all zero; a cell that is all zero is dark,
+    one that is not there is grey.
+
+    Args:
+        features: [H, W, C].
+        present: [H, W], the cells that are there; None: all.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    there = np.ones(features.shape[:2], np.bool_) if present is None else present
+    told = there & features.any(axis=-1)
+    colours = np.empty((*features.shape[:2], 3), np.uint8)
+    colours[:] = _rgb(_BACKGROUND)
+    colours[~there] = _rgb(_ABSENT)
+    if told.any():
+        colours[told] = _principal(features[told].astype(np.float64))
+    return colours
+
+
+def _principal(values: Array) -> Picture:
+    """Rows [N, C] as colours [N, 3]: each component from dark to bright between its outer percents."""
+    values = values - values.mean(axis=0)
+    _, vectors = np.linalg.eigh(values.T @ values)
+    axes = vectors[:, ::-1][:, :3]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # either sign is an eigenvector
+    parts = np.zeros((len(values), 3))
+    parts[:, : axes.shape[1]] = values @ axes
+    low, high = np.percentile(parts, [2, 98], axis=0)
+    scaled = ((parts - low) / np.where(high > low, high - low, 1.0)).clip(0, 1)
+    return (60 + 195 * scaled).round().astype(np.uint8)
+
+
+def _bev_axes(title: str, reach: float, side: int) -> tuple[Figure, Axes]:
+    """A square panel of +-reach metres under a strip with its title."""
+    size = (side, side + _STRIP)
+    figure = _figure(size)
+    figure.text(8 / size[0], 1 - _STRIP / 2 / size[1], title, color=_INK, fontsize=9.5, va="center")
+    axes = _axes(figure, size, (0, _STRIP), (side, side))
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), facecolor=_BACKGROUND)
+    return figure, axes
 
 
 _EGO: Final = np.array([(0.0, 2.6), (1.3, -2.0), (0.0, -1.1), (-1.3, -2.0)])
@@ -222,7 +297,14 @@ def _rings(axes: Axes) -> None:
             axes.text(0.6, radius + 0.4, f"{radius} m", color=_SOFT, fontsize=7, zorder=0)
 
 
-def _footprints(axes: Axes, shown: Boxes, colours: Sequence[str], style: str | tuple, fill: float) -> None:
+def _footprints(
+    axes: Axes,
+    shown: Boxes,
+    colours: Sequence[str],
+    style: str | tuple,
+    fill: float,
+    casing: Sequence[withStroke] = (),
+) -> None:
     """Outlines seen from above, with a tick from the centre through the front."""
     corners = box_corners(shown.boxes)[:, :4, :2]
     centre, front = corners.mean(axis=1), corners[:, [0, 3]].mean(axis=1)
@@ -233,8 +315,10 @@ def _footprints(axes: Axes, shown: Boxes, colours: Sequence[str], style: str | t
     outline = PolyCollection(
         list(corners), facecolors="none", edgecolors=colours, linewidths=width, linestyles=[style], zorder=3
     )
-    axes.add_collection(outline)
-    axes.add_collection(LineCollection(list(ticks), colors=colours, linewidths=width, zorder=3))
+    front_ticks = LineCollection(list(ticks), colors=colours, linewidths=width, zorder=3)
+    for lines in (outline, front_ticks):
+        lines.set_path_effects(list(casing))
+        axes.add_collection(lines)
 
 
 def compose(truth: tuple[Picture, Picture], predicted: tuple[Picture, Picture], caption: str) -> Picture:
@@ -254,6 +338,15 @@ def compose(truth: tuple[Picture, Picture], predicted: tuple[Picture, Picture], 
     return np.concatenate([body, _caption(caption, body.shape[1])])
 
 
+def compose_maps(cameras: Picture, panels: Sequence[Picture], caption: str) -> Picture:
+    """One picture: the cameras, below them panels of HALF pixels two to a row, then the caption."""
+    height, width = panels[0].shape[0], cameras.shape[1]
+    gap = _blank(height, width - 2 * HALF)
+    rows = [[*panels[i : i + 2], _blank(height, HALF)][:2] for i in range(0, len(panels), 2)]
+    body = _stack([cameras, *(np.concatenate([left, gap, right], axis=1) for left, right in rows)])
+    return np.concatenate([body, _caption(caption, width)])
+
+
 def _stack(panels: Sequence[Picture]) -> Picture:
     return np.concatenate([part for panel in panels for part in (panel, _blank(2 * _GAP, panel.shape[1]))][:-1])
 
@@ -263,8 +356,11 @@ def _lengthen(panel: Picture, height: int) -> Picture:
 
 
 def _blank(height: int, width: int) -> Picture:
-    colour = [int(_BACKGROUND[index : index + 2], 16) for index in (1, 3, 5)]
-    return np.full((height, width, 3), colour, dtype=np.uint8)
+    return np.full((height, width, 3), _rgb(_BACKGROUND), dtype=np.uint8)
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[index : index + 2], 16) for index in (1, 3, 5)]
 
 
 def _caption(text: str, width: int) -> Picture:

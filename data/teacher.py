@@ -1,4 +1,8 @@
-"""Teacher outputs in a batch: read from stores by the loader's workers, in the frame of the augmented sample."""
+"""Teacher outputs in a batch: read from stores by the loader's workers.
+
+Workers read, verify, decompress and scatter; what is left to the training process is a copy to the device. Boxes are
+moved into the frame of the augmented sample here; maps stay as they are stored, for `stages.serving`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from data.batch import Batch, Sample, collate
 from data.boxes import transform_boxes
@@ -17,7 +21,7 @@ from data.store import Store
 
 
 class TaughtSample(NamedTuple):
-    """A sample, and by `<teacher>.<tap>` what a teacher said about it."""
+    """A sample, and by `<store>.<tap>` what a teacher said about it."""
 
     sample: Sample
     teacher: dict[str, NDArray[Any]]
@@ -26,8 +30,9 @@ class TaughtSample(NamedTuple):
 class TaughtDataset(Dataset[TaughtSample]):
     """A dataset whose samples carry teacher outputs.
 
-    Boxes [K, 11] are moved exactly by the sample's BEV augmentation. Dense maps are left in the canonical LiDAR frame:
-    warping them is cheaper on the device, a batch at a time.
+    Boxes [K, 11] are moved exactly by the sample's BEV augmentation. Dense maps [H, W, K] are left in the canonical
+    LiDAR frame and in the stored dtype, with `<store>.<tap>.present` where only the foreground is stored: warping them
+    is cheaper on the device, a batch at a time.
     """
 
     def __init__(self, dataset: NuScenesDataset, stores: Mapping[str, Store], taps: Collection[str]) -> None:
@@ -35,19 +40,18 @@ class TaughtDataset(Dataset[TaughtSample]):
 
         Args:
             dataset: of the samples.
-            stores: by teacher.
-            taps: `<teacher>.<tap>` to read.
+            stores: by name.
+            taps: `<store>.<tap>` to read, all of them cached.
 
         Raises:
             StoreError: naming the sample or tap that a store lacks.
         """
         self.dataset, self.stores = dataset, dict(stores)
         self.taps = {
-            teacher: [name.partition(".")[2] for name in sorted(taps) if name.partition(".")[0] == teacher]
-            for teacher in stores
+            name: [tap.partition(".")[2] for tap in sorted(taps) if tap.partition(".")[0] == name] for name in stores
         }
-        for teacher, store in self.stores.items():
-            store.require(dataset.tokens, self.taps[teacher])
+        for name, store in self.stores.items():
+            store.require(dataset.tokens, self.taps[name])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -56,9 +60,9 @@ class TaughtDataset(Dataset[TaughtSample]):
         """The sample of a key with its teacher outputs."""
         sample = self.dataset[key]
         outputs: dict[str, NDArray[Any]] = {}
-        for teacher, store in self.stores.items():
-            for tap, array in store.read(sample.token, self.taps[teacher]).items():
-                outputs[f"{teacher}.{tap}"] = _augmented_boxes(array, sample) if tap == "boxes" else array
+        for name, store in self.stores.items():
+            for tap, array in store.read(sample.token, self.taps[name]).items():
+                outputs[f"{name}.{tap}"] = _augmented_boxes(array, sample) if tap == "boxes" else array
         return TaughtSample(sample, outputs)
 
 
@@ -67,11 +71,12 @@ def collate_taught(samples: Sequence[TaughtSample]) -> Batch:
     batch = collate([taught.sample for taught in samples])
     for name in samples[0].teacher:
         arrays = [taught.teacher[name] for taught in samples]
-        ragged = name.endswith(".boxes")
-        batch.teacher[name] = [torch.from_numpy(a) for a in arrays] if ragged else torch.from_numpy(np.stack(arrays))
+        tensors = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in arrays]
+        # In a worker torch's collate stacks straight into shared memory; np.stack's result is copied there again.
+        batch.teacher[name] = tensors if name.endswith(".boxes") else default_collate(tensors)
     return batch
 
 
 def _augmented_boxes(boxes: NDArray[np.float32], sample: Sample) -> NDArray[np.float32]:
-    moved: NDArray[np.float32] = transform_boxes(torch.from_numpy(boxes.copy()), sample.bev_aug).numpy()
+    moved: NDArray[np.float32] = transform_boxes(torch.from_numpy(boxes), sample.bev_aug).numpy()
     return moved

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +19,8 @@ app = typer.Typer(
 )
 track = typer.Typer(no_args_is_help=True, help="The tracking store (MLflow).")
 app.add_typer(track, name="track")
+cache = typer.Typer(no_args_is_help=True, help="Teacher outputs on disk (docs/cache.md).")
+app.add_typer(cache, name="cache")
 
 Targets = Annotated[
     list[str] | None, typer.Option("--targets", help="A stage (distill@xod-0) or a group (distill); repeat for more.")
@@ -119,6 +122,55 @@ def track_replay() -> None:
 
     sent, waiting = replay(prepare() / JOURNALS)
     print(f"{sent} runs are on the server whole, {waiting} wait")
+
+
+@cache.command("plan")
+def cache_plan(
+    stores: Annotated[list[str] | None, typer.Argument(help="Of params.yaml; default: study.stores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What stores will take in bytes and minutes, here and for nuScenes trainval; fails if a build cannot fit."""
+    _cache("plan", names=stores or [], as_json=as_json)
+
+
+@cache.command("verify")
+def cache_verify(
+    stores: Annotated[list[str] | None, typer.Argument(help="Default: all that are in outputs/stores.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Build damaged shards again, through DVC.")] = False,
+) -> None:
+    """Read stores whole and compare them with their checksums; fails if something is damaged."""
+    _cache("verify", names=stores or [], repair=repair)
+
+
+@cache.command("ls")
+def cache_ls(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """List stores and unfinished builds: samples, bytes, and whether they are what params.yaml asks for."""
+    _cache("ls", as_json=as_json)
+
+
+@cache.command("gc")
+def cache_gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="Stale stores, too.")] = False,
+) -> None:
+    """Remove what no current parameter needs: builds of other fingerprints, stores that params.yaml does not name."""
+    _cache("gc", yes=yes, stale=stale)
+
+
+@cache.command("look")
+def cache_look(
+    store: str,
+    sample: Annotated[str | None, typer.Option(help="Token or its beginning; default: the first.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: reports/look-STORE-TOKEN.png.")] = None,
+) -> None:
+    """Draw a sample: cameras and LiDAR with the truth, beside them the teacher's feature maps and boxes."""
+    _cache("look", name=store, sample=sample, out=out.absolute() if out else None)
+
+
+def _cache(command: str, **options: Any) -> NoReturn:
+    """Run a command of stages.cache, which is imported now: it brings torch."""
+    root = prepare()
+    _leave(importlib.import_module(f"stages.cache.{command}").run(root, **options))
 
 
 def _mlflow(command: str, port: int) -> list[str]:

@@ -149,17 +149,62 @@ class TrainConfig(Section):
 
 
 class TeacherParams(Section):
-    """A teacher: its model, its training, and the taps that `extract` keeps."""
+    """A teacher: its model and its training."""
 
     model: dict[str, Any]
     train: TrainConfig
-    taps: dict[str, Literal["cached-exact", "cached-warp", "online"]]
-    score_threshold: Fraction
+
+
+class TapParams(Section):
+    """How one tap is served to students, and how `extract` encodes it if it is cached.
+
+    A student turned by an angle a and scaled by s looks `grid.range * (cos a + sin a) / s` metres far. Where a cached
+    map with its halo ends before that, cells have no source; they are masked out of the loss, which is no error.
+    """
+
+    serve: Literal["cached-exact", "cached-warp", "online"]
+    dtype: Literal["float32", "float16", "int8", "float8_e4m3"] = "float16"
+    channels: Count | None = None  # principal components that are kept; None keeps the teacher's channels
+    cells: Literal["all", "occupied", "foreground"] = "all"
+    compression: Literal["none", "lz4", "zstd"] = "none"
+    halo: float = Field(0.0, ge=0.0)  # metres beyond grid.range on every side
+
+    @property
+    def cached(self) -> bool:
+        """Whether the store holds it."""
+        return self.serve != "online"
+
+
+class StoreParams(Section):
+    """What students read of a teacher: its taps, cached in outputs/stores/<store> or made online."""
+
+    teacher: str
+    score_threshold: Fraction  # of the boxes
+    taps: dict[str, TapParams]
+
+    @property
+    def cached(self) -> dict[str, TapParams]:
+        """The taps that `extract` writes, by name in order."""
+        return {name: tap for name, tap in sorted(self.taps.items()) if tap.cached}
+
+    @model_validator(mode="after")
+    def _taps_can_be_served(self) -> Self:
+        if problems := [f"taps.{name}: {text}" for name, tap in self.taps.items() for text in _bad_tap(name, tap)]:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class StartParams(Section):
+    """Published weights that a student starts from."""
+
+    folder: str  # of a published student of the same model, relative to the root
+    checksum: str  # xxh3-128 of its model.safetensors
 
 
 class StudentParams(Section):
     """A student: its model and its training."""
 
+    start: StartParams | None = None
     model: dict[str, Any]
     train: TrainConfig
 
@@ -173,17 +218,19 @@ class VariantParams(Section):
     train: dict[str, Any] = {}
 
 
-class StoreParams(Section):
-    """The teacher-output store."""
+class StorageParams(Section):
+    """What is common to all stores."""
 
-    dtype: Literal["float16", "float32"]
     shard_samples: Count
+    calibration_samples: Count  # evenly spaced; encodings are fitted to them
+    gap_samples: int = Field(ge=0)  # evenly spaced; served taps are compared with a rerun teacher's; 0 = not compared
 
 
 class StudyParams(Section):
     """What one report compares."""
 
     teachers: list[str]
+    stores: list[str] = Field(min_length=1)  # every student depends on outputs/stores, so DVC wants it there
     variants: list[str]
     seeds: list[int]
 
@@ -207,8 +254,9 @@ class Params(Section):
     input: InputParams
     grid: GridParams
     teachers: dict[str, TeacherParams]
+    stores: dict[str, StoreParams]
+    store: StorageParams
     students: dict[str, StudentParams]
-    store: StoreParams
     terms: dict[str, dict[str, Any]]
     variants: dict[str, VariantParams]
     study: StudyParams
@@ -223,7 +271,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        problems = [*self._unknown_names(), *self._bad_variants()]
+        problems = [*self._unknown_names(), *self._bad_stores(), *self._bad_variants()]
         if self.data.generated and self.input.sweeps > self.city.sweeps:
             problems.append(
                 f"input.sweeps: {self.input.sweeps} is more than city.sweeps {self.city.sweeps}: "
@@ -236,8 +284,10 @@ class Params(Section):
     def _unknown_names(self) -> Iterable[str]:
         checks: list[tuple[str, list[str], Mapping[str, Any]]] = [
             ("study.teachers", self.study.teachers, self.teachers),
+            ("study.stores", self.study.stores, self.stores),
             ("study.variants", self.study.variants, self.variants),
         ]
+        checks += [(f"stores.{name}.teacher", [s.teacher], self.teachers) for name, s in self.stores.items()]
         checks += [(f"variants.{name}.student", [v.student], self.students) for name, v in self.variants.items()]
         for where, names, known in checks:
             for name in names:
@@ -247,6 +297,22 @@ class Params(Section):
                 yield f"{where}: {name!r} is listed more than once"
         if len(set(self.study.seeds)) < len(self.study.seeds):
             yield f"study.seeds: {self.study.seeds} lists a seed more than once"
+
+    def _bad_stores(self) -> Iterable[str]:
+        for name, store in self.stores.items():
+            for tap, settings in store.taps.items():
+                cells = settings.halo / self.grid.cell
+                if abs(cells - round(cells)) > 1e-6:
+                    yield (
+                        f"stores.{name}.taps.{tap}.halo: {settings.halo} m are {cells:g} cells of grid.cell "
+                        f"{self.grid.cell} m: a whole number is needed"
+                    )
+            if name not in self.study.stores:
+                continue
+            if not store.cached:
+                yield f"study.stores: all taps of {name!r} are online, so there is nothing to extract: leave it out"
+            if store.teacher not in self.study.teachers:
+                yield f"study.stores: {name!r} needs teacher {store.teacher!r} in study.teachers {self.study.teachers}"
 
     def _bad_variants(self) -> Iterable[str]:
         for name, variant in self.variants.items():
@@ -262,13 +328,21 @@ class Params(Section):
         source = term.get("teacher")
         if not isinstance(source, str):  # a term without a teacher, or one that models.distill will refuse
             return
-        teacher, _, tap = source.partition(".")
-        if teacher not in self.teachers:
-            yield f"{where}: {source!r} names an unknown teacher{_suggest(teacher, self.teachers)}"
-        elif tap not in (taps := self.teachers[teacher].taps):
-            yield f"{where}: {source!r} names a tap that teachers.{teacher}.taps lacks{_suggest(tap, taps)}"
-        elif variant in self.study.variants and teacher not in self.study.teachers:
-            yield f"{where}: {source!r} needs teacher {teacher!r} in study.teachers {self.study.teachers}"
+        name, _, tap = source.partition(".")
+        if name not in self.stores:
+            yield f"{where}: {source!r} names an unknown store{_suggest(name, self.stores)}"
+        elif tap not in (taps := self.stores[name].taps):
+            yield f"{where}: {source!r} names a tap that stores.{name}.taps lacks{_suggest(tap, taps)}"
+        elif variant in self.study.variants:
+            yield from self._missing_source(where, name, tap)
+
+    def _missing_source(self, where: str, name: str, tap: str) -> Iterable[str]:
+        """What the study lacks of a tap that one of its variants reads."""
+        store, stores, teachers = self.stores[name], self.study.stores, self.study.teachers
+        if store.taps[tap].cached and name not in stores:
+            yield f"{where}: '{name}.{tap}' needs store {name!r} in study.stores {stores}"
+        elif not store.taps[tap].cached and store.teacher not in teachers:
+            yield f"{where}: '{name}.{tap}' is online and needs teacher {store.teacher!r} in study.teachers {teachers}"
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -326,6 +400,17 @@ def split_key(key: str) -> tuple[str, int]:
     if not variant or not seed.isdigit():
         raise ParamsError(f"key {key!r} must be <variant>-<seed>, as in baseline-0")
     return variant, int(seed)
+
+
+def _bad_tap(name: str, tap: TapParams) -> Iterable[str]:
+    """Why a tap cannot be served as it is asked for."""
+    allowed: tuple[str, ...] = ("cached-exact", "online") if name == "boxes" else ("cached-warp", "online")
+    if name == "head":  # offsets, yaw and velocity depend on the frame, so a warp would falsify them
+        allowed = ("online",)
+    if tap.serve not in allowed:
+        yield f"serve {tap.serve!r} is not possible for {name}; allowed: {', '.join(allowed)}"
+    if name == "boxes" and (given := sorted(tap.model_fields_set - {"serve"})):
+        yield f"boxes are stored exactly and take no {', '.join(given)}: leave it out"
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:

@@ -106,6 +106,9 @@ class MlflowTracker:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         if not os.environ.get(LATER):
+            # Here, because SQLAlchemy breaks when two threads import it at once, and Prefect does so in the flow's.
+            import sqlalchemy.orm  # noqa: F401
+
             self._thread.start()
 
     def log_params(self, params: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ def train(
     Args:
         task: the module and its losses.
         dataset: read by `sampler.Key`; `collate` makes batches with `tokens`, `.to(device)` and, for GPUs,
-            `.pin_memory()`.
+            `.to(device, non_blocking=True)` and `.pin_memory()`.
         config: the settings; `batch_size` counts all processes together.
         seed: of the order of samples and of every draw in the steps.
         scratch: folder of the checkpoints and of `trace.jsonl`, one line per step.
@@ -150,6 +150,40 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+class CopiedAhead(Iterator[Any]):
+    """Batches on a GPU, each copied on a stream of its own while the step before it computes.
+
+    The copies overlap with the computation if the batches are in pinned memory.
+
+    Args:
+        batches: on the host, with `.to(device, non_blocking=True)`.
+        device: the GPU.
+    """
+
+    def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.stream = torch.cuda.Stream(device)
+        self.ahead = self._copy()
+
+    def __next__(self) -> Any:
+        if self.ahead is None:
+            raise StopIteration
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        batch, self.ahead = self.ahead, self._copy()
+        return batch
+
+    def _copy(self) -> Any:
+        """Start to copy the next batch; None at the end."""
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        # The copy may be given the memory of an earlier batch. All that reads such a batch is in the queue by now, so
+        # it waits for what is there; the step of the batch that is handed out next is not, and runs beside it.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            return batch.to(self.device, non_blocking=True)
 
 
 class Trainer:
@@ -194,7 +228,7 @@ class Trainer:
             Trace(self.scratch / "trace.jsonl", self.step, main) as trace,
             ProgressBar(self.label, self.total, self.step, main) as bar,
         ):
-            batches = iter(self._loader()) if self.step < self.total else iter(())
+            batches = self._feed() if self.step < self.total else iter(())
             while self.step < self.total:
                 metrics = self._one_step(batches)
                 trace.write(self.step, metrics)
@@ -232,7 +266,7 @@ class Trainer:
         waited = 0.0
         for part in range(parts):
             asked = time.perf_counter()
-            batch = self.fabric.to_device(next(batches))
+            batch = next(batches)
             waited += time.perf_counter() - asked
             tokens += list(getattr(batch, "tokens", []))
             seed_everything(STEP, self.seed, self.step, part, self.fabric.global_rank)
@@ -288,6 +322,13 @@ class Trainer:
             world=self.fabric.world_size,
             accumulate=self.config.accumulate,
         )
+
+    def _feed(self) -> Iterator[Any]:
+        """The remaining batches on this process's device."""
+        batches = iter(self._loader())
+        if self.fabric.device.type == "cuda":
+            return CopiedAhead(batches, self.fabric.device)
+        return map(self.fabric.to_device, batches)
 
     def _loader(self) -> DataLoader[Any]:
         workers = self.config.workers

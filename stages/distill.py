@@ -1,9 +1,9 @@
-"""Stage `distill`: train a variant's student on the truth and on its teachers' stored outputs, publish the student."""
+"""Stage `distill`: train a variant's student on the truth and on its teachers' outputs, publish the student."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from data.store import Store, StoreError
 from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
-from models.warp import warp_bev
 from pipeline.params import split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import train
-from stages.extract import store_identity
-from stages.inputs import training_dataset
-from stages.weights import save_detector
+from stages.frozen import evenly
+from stages.identity import store_identity
+from stages.inputs import plain_dataset, training_dataset
+from stages.sources import OnlineTeacher, Sources
+from stages.weights import load_detector, save_detector, start_from
 
 logger = logging.getLogger(__name__)
 
@@ -32,34 +33,23 @@ logger = logging.getLogger(__name__)
 class Distillation:
     """A student with the losses against the truth and those of its recipe."""
 
-    def __init__(self, student: Detector, recipe: Recipe, extent: float) -> None:
+    def __init__(self, student: Detector, recipe: Recipe, sources: Callable[[Any], dict[str, Any]]) -> None:
         """Keep the parts.
 
         Args:
             student: what is exported.
             recipe: what trains beside it.
-            extent: half the side of the stored maps in metres.
+            sources: makes of a batch the teacher outputs that the recipe reads; nothing of it trains.
         """
-        self.student, self.recipe, self.extent = student, recipe, extent
+        self.student, self.recipe, self.sources = student, recipe, sources
         self.module = nn.ModuleDict({"student": student, "recipe": recipe})
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
         """The student's own losses, and `distill/<term>` for each term."""
         prediction = self.student(batch, self.recipe.student_taps)
         losses = self.student.loss(prediction, batch)
-        terms = self.recipe(prediction, self._augmented(batch), batch, progress)
+        terms = self.recipe(prediction, self.sources(batch), batch, progress)
         return losses | {f"distill/{name}": value for name, value in terms.items()}
-
-    @torch.no_grad()
-    def _augmented(self, batch: Any) -> dict[str, Any]:
-        """Teacher outputs in the frame of the batch; beside a map the cells that have a source, `<name>.valid`."""
-        outputs: dict[str, Any] = {}
-        for name, value in batch.teacher.items():
-            if isinstance(value, Tensor):
-                outputs[name], outputs[f"{name}.valid"] = warp_bev(value.float(), batch.bev_aug, self.extent)
-            else:
-                outputs[name] = value
-        return outputs
 
 
 def run(context: StageContext) -> None:
@@ -70,13 +60,16 @@ def run(context: StageContext) -> None:
     settings = context.params.student(variant)
     try:
         terms = {name: TermConfig(**term) for name, term in context.params.variants[variant].terms.items()}
-        stores = open_stores(context, terms)
+        sources = open_sources(context, terms)
+        statistics = tap_statistics(context, sources)
         # The student comes first and from its own seed: all variants of a seed start from the same weights.
         seed_everything(MODEL, seed)
         student = build_detector(settings.model)
+        if settings.start:
+            start_from(student, context.root / settings.start.folder, settings.start.checksum)
         seed_everything(RECIPE, seed)
-        task = Distillation(student, make_recipe(student, terms, stores), context.params.grid.range)
-        dataset, collate_batch = taught_dataset(context, student, task.recipe, stores, seed)
+        task = Distillation(student, make_recipe(student, terms, statistics), sources)
+        dataset, collate_batch = taught_dataset(context, student, task.recipe, sources, seed)
         weights = train(
             task,
             dataset,
@@ -96,34 +89,68 @@ def run(context: StageContext) -> None:
     context.publish(context.scratch / "model", f"outputs/students/{context.key}")
 
 
-def open_stores(context: StageContext, terms: Mapping[str, TermConfig]) -> dict[str, Store]:
-    """The stores that the terms read, each checked against what extraction would make now; none without terms."""
-    stores = {}
+def open_sources(context: StageContext, terms: Mapping[str, TermConfig]) -> Sources:
+    """What the terms read: stores of their cached taps, teachers of their online ones; nothing without terms."""
+    asked: dict[str, set[str]] = {}
     for term in terms.values():
-        teacher, _, tap = term.teacher.partition(".")
-        if context.params.teachers[teacher].taps[tap] == "online":
-            raise StageError(f"term reads {term.teacher}, which is `online`: extract keeps cached taps only")
-        if teacher in stores:
-            continue
-        folder = context.root / f"outputs/stores/{teacher}"
-        weights = None
-        if not (context.root / f"outputs/teachers/{teacher}").exists():
-            logger.warning("the weights of teacher %s are not here: its store is not compared with them", teacher)
-            weights = Store.open(folder).identity.weights
-        stores[teacher] = Store.open(folder, store_identity(context.root, context.params, teacher, weights))
-    return stores
+        name, _, tap = term.teacher.partition(".")
+        asked.setdefault(name, set()).add(tap)
+    stores: dict[str, Store] = {}
+    online: dict[str, OnlineTeacher] = {}
+    for name, taps in asked.items():
+        cached = taps & context.params.stores[name].cached.keys()
+        if cached:
+            stores[name] = open_store(context, name)
+        if taps > cached:
+            online[name] = open_teacher(context, name, taps - cached)
+    return Sources(stores, online, context.params.grid.range)
 
 
-def make_recipe(student: Detector, terms: Mapping[str, TermConfig], stores: Mapping[str, Store]) -> Recipe:
-    """The recipe of the terms, with widths and statistics out of the stores."""
-    dense = {
-        f"{teacher}.{tap}": (store, tap)
-        for teacher, store in stores.items()
+def open_store(context: StageContext, name: str) -> Store:
+    """A published store, checked against what extraction would make now."""
+    folder, teacher = context.root / f"outputs/stores/{name}", context.params.stores[name].teacher
+    weights = None
+    if not (context.root / f"outputs/teachers/{teacher}").exists():
+        logger.warning("the weights of teacher %s are not here: store %s is not compared with them", teacher, name)
+        weights = Store.open(folder).identity.weights
+    return Store.open(folder, store_identity(context.root, context.params, name, weights))
+
+
+def open_teacher(context: StageContext, name: str, taps: Collection[str]) -> OnlineTeacher:
+    """The teacher of an entry of `stores`, for taps that are online."""
+    settings = context.params.stores[name]
+    detector = load_detector(context.root / f"outputs/teachers/{settings.teacher}")
+    return OnlineTeacher(detector, taps, settings.score_threshold, context.device)
+
+
+def tap_statistics(context: StageContext, sources: Sources) -> dict[str, Tensor]:
+    """Standard deviation per channel [C] of the dense taps, by `<store>.<tap>`.
+
+    A store has it of all its samples. An online teacher runs for it over the samples that a store would be calibrated
+    on, as they are without augmentation.
+    """
+    statistics = {
+        f"{name}.{tap}": torch.from_numpy(store.std(tap))
+        for name, store in sources.stores.items()
         for tap, spec in store.taps.items()
         if not spec.ragged
     }
-    channels = {name: int(store.taps[tap].shape[0] or 0) for name, (store, tap) in dense.items()}
-    statistics = {name: torch.from_numpy(store.std(tap)) for name, (store, tap) in dense.items()}
+    params = context.params
+    for name, teacher in sources.online.items():
+        if teacher.taps == ["boxes"]:
+            continue
+        dataset = plain_dataset(context.root, params, params.data.splits.train, teacher.detector)
+        try:
+            found = teacher.std(dataset, evenly(params.store.calibration_samples, len(dataset)))
+        except ValueError as error:
+            raise StageError(f"stores.{name}.taps: {error}") from error
+        statistics |= {f"{name}.{tap}": std for tap, std in found.items()}
+    return statistics
+
+
+def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: Mapping[str, Tensor]) -> Recipe:
+    """The recipe of the terms, with the widths of the teachers' dense taps out of their statistics."""
+    channels = {name: len(std) for name, std in statistics.items()}
     try:
         return Recipe(terms, student.targets, student.tap_channels, channels, statistics)
     except ValueError as error:
@@ -131,10 +158,12 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], stores: Mapp
 
 
 def taught_dataset(
-    context: StageContext, student: Detector, recipe: Recipe, stores: Mapping[str, Store], seed: int
+    context: StageContext, student: Detector, recipe: Recipe, sources: Sources, seed: int
 ) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-    """The student's training data with the teacher outputs that the recipe asks for, and its collate."""
+    """The student's training data with the cached taps that the recipe asks for, and its collate."""
     dataset = training_dataset(context.root, context.params, student, seed)
-    if not recipe.teacher_taps:
+    # Online teachers read the student's own samples.
+    dataset.modalities |= sources.sensors
+    if not sources.stores:
         return dataset, collate
-    return TaughtDataset(dataset, stores, recipe.teacher_taps), collate_taught
+    return TaughtDataset(dataset, sources.stores, sources.cached(recipe.teacher_taps)), collate_taught

@@ -1,181 +1,235 @@
-"""Stage `extract`: run a frozen teacher once over the training split, publish its taps as a store."""
+"""Stage `extract`: run a frozen teacher once over the training split, publish its taps as a store with a card.
+
+Rank 0 fits the calibration and writes it first; the ranks then share the shards. What finished builds hold of the same
+store is taken over after a check of every byte: the published store, and hard links to it that stay in the scratch
+folder, because DVC deletes the store before a rerun. So a damaged shard costs that shard.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed
-import xxhash
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from data.batch import collate
 from data.blobs import BlobError
-from data.dataset import NuScenesDataset
-from data.store import StoreError, StoreIdentity, StoreWriter, TapSpec, hash_files, plan
-from models.detector import Detections, Detector
-from pipeline.environment import cores
-from pipeline.params import Params, TeacherParams
+from data.store import (
+    Calibration,
+    StaleStoreError,
+    Store,
+    StoreError,
+    StoreIdentity,
+    StoreWriter,
+    TapSpec,
+    mean_bytes,
+    plan,
+    read_calibration,
+)
 from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import Preempted
-from stages.inputs import INDEX, plain_dataset
-from stages.weights import load_detector
+from stages.calibration import calibrate, errors, tap_specs
+from stages.card import make_card, measure_gaps, metrics, table
+from stages.frozen import FrozenTeacher, Outputs, evenly
+from stages.identity import store_identity
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 4  # samples; fixed, because rounding may depend on it
-BOX_SIZE: Final = 11  # box, score, label
-# The code that the contents of a store depend on. Of models, not the losses, which work on what is stored.
-CODE: Final = (
-    "stages/extract.py",
-    "data/augment.py",
-    "data/boxes.py",
-    "data/dataset.py",
-    "data/geometry.py",
-    "data/sensors.py",
-    "data/store/layout.py",
-)
-
-Outputs = dict[str, NDArray[Any]]
+BUILD: Final = "store"  # in the scratch folder: the store that is being built
+KEPT: Final = "kept"  # beside it: hard links to what was published
 
 
 def run(context: StageContext) -> None:
-    """Extract one entry of `teachers`."""
-    if context.key not in context.params.teachers:
-        raise StageError(f"teacher {context.key!r}: params.yaml has {', '.join(context.params.teachers)}")
+    """Extract one entry of `stores`."""
+    stores = context.params.stores
+    if context.key not in stores:
+        raise StageError(f"store {context.key!r}: params.yaml has {', '.join(stores)}")
+    if not stores[context.key].cached:
+        raise StageError(f"store {context.key!r}: all its taps are online, there is nothing to extract")
     try:
-        _extract(context, context.key, context.params.teachers[context.key])
+        with _together(context) as wait:
+            Extraction(context, context.key).run(wait)
     except (StoreError, BlobError) as error:
         raise StageError(str(error)) from error
 
 
-def store_identity(root: Path, params: Params, teacher: str, weights: str | None = None) -> StoreIdentity:
-    """The identity that a teacher's store must have now; `weights` stands in for a teacher that is not here."""
-    settings = params.teachers[teacher]
-    # At evaluation nothing else of `input` has an effect: a student's augmentation may change, its store stays.
-    input_ = {"frames", "sweeps", "radar"}
-    described = {
-        "input": params.input.model_dump(include=input_) | {"size": params.input.image.size},
-        "grid": params.grid.model_dump(),
-        "split": params.data.splits.train,
-        "taps": cached_taps(settings),
-        "score_threshold": settings.score_threshold,
-    }
-    models = [str(path.relative_to(root)) for path in (root / "models").glob("*.py")]
-    return StoreIdentity(
-        weights=weights or hash_files(root, [f"outputs/teachers/{teacher}"]),
-        preprocessing=xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()),
-        index=hash_files(root, [INDEX]),
-        code=hash_files(root, [*CODE, *models]),
-        dtype=params.store.dtype,
-    )
+@dataclass(frozen=True)
+class Prepared:
+    """What rank 0 finds out before anything is written."""
+
+    specs: dict[str, TapSpec]
+    calibrations: dict[str, Calibration]
+    errors: dict[str, Any]
 
 
-def cached_taps(teacher: TeacherParams) -> list[str]:
-    """Taps that the store holds."""
-    return sorted(tap for tap, mode in teacher.taps.items() if mode != "online")
+class Extraction:
+    """One run of the stage in one process."""
+
+    def __init__(self, context: StageContext, name: str) -> None:
+        # Equal bytes on every run: deterministic kernels where torch has them, and on a CPU one thread, because the
+        # sums of a convolution depend on how many share them.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        if context.device.type == "cpu":
+            torch.set_num_threads(1)
+        self.context, self.name = context, name
+        self.root, self.params = context.root, context.params
+        self.settings = self.params.stores[name]
+        folder = self.root / f"outputs/teachers/{self.settings.teacher}"
+        self.teacher = FrozenTeacher(self.root, self.params, self.settings, folder, context.device)
+        self.tokens = self.teacher.tokens
+        self.identity = store_identity(self.root, self.params, name)
+        self.made, self.kept = context.scratch / BUILD, context.scratch / KEPT
+        self.finished = finished_build(context, name, self.identity)
+
+    def run(self, wait: Callable[[], None]) -> None:
+        """Build the store with the other ranks; rank 0 publishes it with its card."""
+        prepared = None
+        if self.context.rank == 0:
+            prepared = self._prepare()
+            with self._writer(prepared.specs, prepared.calibrations) as writer:
+                wait()  # the calibration is written
+                self._fill(writer)
+                wait()
+                writer.finish()
+            self._publish(prepared)
+            return
+        wait()
+        file, _ = read_calibration(self.made, self.identity)
+        with self._writer(file.taps, file.calibrations) as writer:
+            self._fill(writer)
+            wait()
+
+    def _prepare(self) -> Prepared:
+        """Calibrate on evenly spaced samples, and refuse what cannot fit."""
+        rows = evenly(self.params.store.calibration_samples, len(self.tokens))
+        samples = dict(self.teacher.stream([rows]))
+        specs = tap_specs(self.teacher, self.settings, next(iter(samples.values())))
+        calibrations = self._known_calibrations() or calibrate(specs, samples)
+        planned = plan(
+            self.made,
+            specs,
+            len(self.tokens),
+            mean_bytes(specs, calibrations, samples.items()),
+            finished_from=self.finished,
+        )
+        logger.info("plan: %s", planned)
+        planned.check()
+        found = {tap: errors(specs[tap], calibration, tap, samples) for tap, calibration in calibrations.items()}
+        return Prepared(specs, calibrations, found)
+
+    def _known_calibrations(self) -> dict[str, Calibration] | None:
+        """Those of a build that goes on or is taken over: another GPU might fit slightly different ones."""
+        for folder in (self.made, self.finished):
+            if folder is not None:
+                try:
+                    return read_calibration(folder, self.identity)[0].calibrations
+                except StoreError as error:
+                    logger.debug("calibrating again: %s", error)
+        return None
+
+    def _writer(self, specs: Mapping[str, TapSpec], calibrations: Mapping[str, Calibration]) -> StoreWriter:
+        return StoreWriter(
+            self.made,
+            self.identity,
+            specs,
+            self.tokens,
+            self.params.store.shard_samples,
+            calibrations,
+            rank=self.context.rank,
+            world=self.context.world_size,
+            finished_from=self.finished,
+        )
+
+    def _fill(self, writer: StoreWriter) -> None:
+        """Write the shards that are missing; a stop loses the unfinished one."""
+        missing = writer.missing()
+        rows = {token: row for row, token in enumerate(self.tokens)}
+        groups = [[rows[token] for token in writer.shards[shard]] for shard in missing]
+        logger.info("rank %d writes %d of %d shards", self.context.rank, len(missing), len(writer.shards))
+        total, shown = sum(map(len, groups)), self.context.rank == 0
+        with ProgressBar(self.context.spec.address, total, shown=shown) as bar:
+            stream = self._counted(self.teacher.stream(groups), bar)
+            for shard in missing:
+                writer.write(shard, islice(stream, len(writer.shards[shard])))
+
+    def _counted(self, stream: Iterator[tuple[str, Outputs]], bar: ProgressBar) -> Iterator[tuple[str, Outputs]]:
+        for number, output in enumerate(stream):
+            if self.context.stop.is_set():
+                raise Preempted(number)
+            bar.advance()
+            yield output
+
+    def _publish(self, prepared: Prepared) -> None:
+        """The store and its card."""
+        store = Store.open(self.made, self.identity)
+        gaps = measure_gaps(self.root, self.params, self.teacher, store)
+        card = make_card(self.name, self.params, store, prepared.errors, gaps)
+        logger.info("%s", table(self.name, card))
+        self.context.tracker.log_metrics(metrics(card), step=0)
+        path = self.context.scratch / "card.json"
+        path.write_text(json.dumps(card, indent=2) + "\n")
+        keep(self.made, self.kept)
+        self.context.publish(self.made, f"outputs/stores/{self.name}")
+        self.context.publish(path, f"reports/stores/{self.name}.json")
 
 
-class Extractor:
-    """A frozen teacher as a function from batches to arrays per sample."""
-
-    def __init__(self, detector: Detector, taps: Sequence[str], score_threshold: float, device: torch.device) -> None:
-        self.detector = detector.to(device).eval().requires_grad_(False)
-        self.taps, self.score_threshold, self.device = list(taps), score_threshold, device
-
-    def stream(self, dataset: NuScenesDataset, rows: Sequence[int]) -> Iterator[tuple[str, Outputs]]:
-        """Token and outputs of samples, in the order of `rows`."""
-        cuda = self.device.type == "cuda"
-        workers = min(cores(), 8) if cuda else 0
-        subset: Subset[Any] = Subset(dataset, rows)
-        loader = DataLoader(subset, BATCH, collate_fn=collate, num_workers=workers, pin_memory=cuda)
-        for batch in loader:
-            yield from zip(batch.tokens, self(batch.to(self.device)), strict=True)
-
-    @torch.inference_mode()
-    def __call__(self, batch: Any) -> list[Outputs]:
-        """Arrays of each sample of a batch."""
-        prediction = self.detector(batch, self.taps)
-        columns: dict[str, list[Tensor]] = {name: list(maps) for name, maps in prediction.taps.items()}
-        if "boxes" in self.taps:
-            columns["boxes"] = [self._rows(found) for found in self.detector.decode(prediction)]
-        samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [{name: value.cpu().numpy() for name, value in sample.items()} for sample in samples]
-
-    def _rows(self, found: Detections) -> Tensor:
-        """[K, 11]: box, score, label of what passes the threshold."""
-        kept = found.scores >= self.score_threshold
-        columns = (found.boxes, found.scores[:, None], found.labels[:, None])
-        return torch.cat([column.float() for column in columns], dim=1)[kept]
+def finished_build(context: StageContext, name: str, identity: StoreIdentity) -> Path | None:
+    """A folder with shards of this very store: the published one, or what builds of any parameters left in scratch."""
+    near = context.scratch.parent
+    builds = [near / context.scratch.name / KEPT, *sorted(near.glob(f"*/{KEPT}")), *sorted(near.glob(f"*/{BUILD}"))]
+    for folder in [context.root / f"outputs/stores/{name}", *builds]:
+        if folder == context.scratch / BUILD or not any(folder.glob("shard-*.bin")):
+            continue
+        try:
+            read_calibration(folder, identity)
+        except StaleStoreError:
+            continue
+        except StoreError as error:  # its shards may be whole, and the calibration comes out the same
+            logger.warning("%s", error)
+        return folder
+    return None
 
 
-def _extract(context: StageContext, key: str, teacher: TeacherParams) -> None:
-    params, made = context.params, context.scratch / "store"
-    detector = load_detector(context.root / f"outputs/teachers/{key}")
-    extractor = Extractor(detector, cached_taps(teacher), teacher.score_threshold, context.device)
-    dataset = plain_dataset(context.root, params, params.data.splits.train, detector)
-    specs = _specs(extractor, dataset, params.store.dtype)
-    planned = plan(made, specs, len(dataset))
-    logger.info("plan: %s", planned)
-    planned.check()
-    writer = StoreWriter(
-        made,
-        store_identity(context.root, params, key),
-        specs,
-        dataset.tokens,
-        params.store.shard_samples,
-        rank=context.rank,
-        world=context.world_size,
-    )
-    with writer, ProgressBar(context.spec.address, len(dataset), shown=context.rank == 0) as bar:
-        _fill(writer, extractor, dataset, context, bar)
-        _wait_for_all(context)
-        if context.rank == 0:
-            writer.finish()
-    context.publish(made, f"outputs/stores/{key}")
+def keep(made: Path, kept: Path) -> None:
+    """Hard links of a finished store; without them, where the file system has none, a rerun computes it all again."""
+    shutil.rmtree(kept, ignore_errors=True)
+    try:
+        shutil.copytree(made, kept, copy_function=os.link)
+    except (OSError, shutil.Error) as error:
+        logger.warning("%s is not kept: %s", made, error)
+        shutil.rmtree(kept, ignore_errors=True)
 
 
-def _specs(extractor: Extractor, dataset: NuScenesDataset, dtype: str) -> dict[str, TapSpec]:
-    """Types and shapes, from the first sample. Boxes are kept exactly, dense maps in the store's type."""
-    _, outputs = next(extractor.stream(dataset, [0]))
-    dense = {name: TapSpec(dtype, value.shape) for name, value in outputs.items() if name != "boxes"}
-    return {name: dense.get(name) or TapSpec("float32", (None, BOX_SIZE)) for name in outputs}
-
-
-def _fill(
-    writer: StoreWriter, extractor: Extractor, dataset: NuScenesDataset, context: StageContext, bar: ProgressBar
-) -> None:
-    """Write the shards that are missing; a stop loses the unfinished one."""
-    rows = {token: row for row, token in enumerate(dataset.tokens)}
-    missing = writer.missing()
-    tokens = [token for shard in missing for token in writer.shards[shard]]
-    bar.advance(by=len(dataset) - len(tokens))
-    stream = _counted(extractor.stream(dataset, [rows[token] for token in tokens]), context, bar)
-    for shard in missing:
-        writer.write(shard, islice(stream, len(writer.shards[shard])))
-
-
-def _counted(
-    stream: Iterator[tuple[str, Outputs]], context: StageContext, bar: ProgressBar
-) -> Iterator[tuple[str, Outputs]]:
-    for number, output in enumerate(stream):
-        if context.stop.is_set():
-            raise Preempted(number)
-        bar.advance()
-        yield output
-
-
-def _wait_for_all(context: StageContext) -> None:
-    """Until every rank has written its shards."""
-    if context.world_size > 1:
-        torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
+@contextmanager
+def _together(context: StageContext) -> Iterator[Callable[[], None]]:
+    """The ranks as a group; yields what waits until all of them are there."""
+    if context.world_size == 1:
+        yield lambda: None
+        return
+    # A rank may have to wait for as long as the stage may take; the death of another ends the wait at once.
+    hours = float(context.spec.meta.get("timeout_h", 24))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=hours))
+    try:
+        yield lambda: _wait(context)
+    finally:
         torch.distributed.destroy_process_group()
+
+
+def _wait(context: StageContext) -> None:
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        if context.stop.is_set():
+            raise Preempted(0) from None
+        raise StageError(f"rank {context.rank}: another rank ended, its log says why ({error})") from error

@@ -19,16 +19,43 @@ def training_dataset(root: Path, params: Params, detector: Detector, seed: int) 
     """The training split, augmented, with what the detector reads and what its losses compare with."""
     truth = {"boxes", "depth"} if "images" in detector.sensors else {"boxes"}
     split = params.data.splits.train
-    return _dataset(root, params, split, train=True, modalities={*detector.sensors, *truth}, seed=seed)
+    modalities = {*detector.sensors, *truth}
+    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grown_grid(params, 0.0))
 
 
-def plain_dataset(root: Path, params: Params, split: str, detector: Detector) -> NuScenesDataset:
-    """A split with the sensors that the detector says it reads, and nothing else: no augmentation, no truth."""
-    return _dataset(root, params, split, train=False, modalities=detector.sensors, seed=0)
+def plain_dataset(
+    root: Path,
+    params: Params,
+    split: str,
+    detector: Detector,
+    *,
+    grid: GridConfig | None = None,
+    boxes: bool = False,
+) -> NuScenesDataset:
+    """A split with the sensors that the detector says it reads, not augmented; no truth unless `boxes` are asked for.
+
+    `grid` crops it instead of that of params.yaml.
+    """
+    modalities = {*detector.sensors, "boxes"} if boxes else detector.sensors
+    grid = grid or grown_grid(params, 0.0)
+    return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid)
+
+
+def grown_grid(params: Params, halo: float) -> GridConfig:
+    """The grid of params.yaml, `halo` metres larger on every side."""
+    given = params.grid.model_dump()
+    return GridConfig(**given | {"range": given["range"] + halo})
 
 
 def _dataset(
-    root: Path, params: Params, split: str, *, train: bool, modalities: Collection[str], seed: int
+    root: Path,
+    params: Params,
+    split: str,
+    *,
+    train: bool,
+    modalities: Collection[str],
+    seed: int,
+    grid: GridConfig,
 ) -> NuScenesDataset:
     given = params.input.model_dump()
     config = InputConfig(**{**given, "image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
@@ -37,7 +64,7 @@ def _dataset(
         root / params.data.dataroot,
         split,
         config,
-        GridConfig(**params.grid.model_dump()),
+        grid,
         train=train,
         seed=seed,
         modalities=modalities,

@@ -17,8 +17,10 @@ def run(context: StageContext) -> None:
     report = build(
         context.root / "reports/metrics",
         context.root / "outputs/predictions",
+        context.root / "reports/stores",
         profile=params.profile,
         teachers=study.teachers,
+        stores=study.stores,
         variants={name: params.variants[name].model_dump() for name in study.variants},
         seeds=study.seeds,
         stages=stages,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from models.detector import Detector, build_detector
@@ -39,11 +40,32 @@ def load_detector(folder: Path) -> Detector:
             f"{folder} does not hold a whole model ({error}): run the stage that trains it again"
         ) from error
     detector = build_detector(_without_checkpoints(config))
-    expected = detector.state_dict()
-    _check_names(folder, set(expected) - set(weights), set(weights) - set(expected))
-    _check_shapes(folder, expected, weights)
-    detector.load_state_dict(weights)
+    _fill(detector, folder, weights)
     return detector.eval()
+
+
+def start_from(detector: Detector, folder: Path, checksum: str) -> None:
+    """Give a detector the weights of a published one of the same model.
+
+    Args:
+        detector: gets the weights.
+        folder: of the published detector.
+        checksum: xxh3-128 of its model.safetensors: a start is part of a result, so another file is refused.
+
+    Raises:
+        StageError: the file is missing, is another one, or does not fit.
+    """
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise StageError(f"the start {folder} has no readable weights ({error}): give a published detector") from error
+    found = xxhash.xxh3_128_hexdigest(content)
+    if found != checksum:
+        raise StageError(
+            f"the start {folder / WEIGHTS} has checksum {found}, params.yaml says {checksum}: "
+            "put back the file that was meant, or write the new checksum"
+        )
+    _fill(detector, folder, load(content))
 
 
 def _without_checkpoints(config: Any) -> Any:
@@ -51,6 +73,14 @@ def _without_checkpoints(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: _without_checkpoints(value) for key, value in config.items() if key != "init_cfg"}
     return [_without_checkpoints(value) for value in config] if isinstance(config, list) else config
+
+
+def _fill(detector: Detector, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Set all weights of a detector, and nothing but them."""
+    expected = detector.state_dict()
+    _check_names(folder, set(expected) - set(weights), set(weights) - set(expected))
+    _check_shapes(folder, expected, weights)
+    detector.load_state_dict(weights)
 
 
 def _check_names(folder: Path, missing: set[str], unused: set[str]) -> None:

@@ -1,11 +1,18 @@
 """The teacher-output store: a teacher's taps on disk, by sample token. Format and guarantees: docs/store.md."""
 
-from data.store.layout import DamagedShardError, StaleStoreError, StoreError, StoreIdentity, TapSpec, hash_files
-from data.store.reader import Store
-from data.store.writer import Plan, StoreWriter, plan
+from data.store.encoding import Calibration, Encoded, Encoding
+from data.store.errors import DamagedShardError, StaleStoreError, StoreError
+from data.store.layout import CalibrationFile, StoreIdentity, hash_files, read_calibration
+from data.store.reader import Store, find_damage
+from data.store.taps import TapSpec
+from data.store.writer import Plan, StoreWriter, mean_bytes, plan
 
 __all__ = [
+    "Calibration",
+    "CalibrationFile",
     "DamagedShardError",
+    "Encoded",
+    "Encoding",
     "Plan",
     "StaleStoreError",
     "Store",
@@ -13,6 +20,9 @@ __all__ = [
     "StoreIdentity",
     "StoreWriter",
     "TapSpec",
+    "find_damage",
     "hash_files",
+    "mean_bytes",
     "plan",
+    "read_calibration",
 ]

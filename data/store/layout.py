@@ -1,7 +1,7 @@
-"""What is in a store: identity, taps, shards.
+"""What is in a store: identity, calibration, shards.
 
-A shard holds the chunks (one sample's array of one tap) of some samples one after the other, then its contents as JSON,
-then a trailer: length and xxh3-64 of that JSON, and a magic word. A file without a whole trailer is not a shard.
+A shard holds the chunks (one sample's encoded array of one tap) of some samples one after the other, then its contents
+as JSON, then a trailer: length and xxh3-64 of that JSON, and a magic word. A file without a whole trailer is no shard.
 """
 
 from __future__ import annotations
@@ -16,28 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
-FORMAT = "bev-distillery store 1"
+from data.store.encoding import Calibration
+from data.store.errors import DamagedShardError, StaleStoreError, StoreError
+from data.store.taps import TapSpec, dump_taps, parse_taps
+
+FORMAT = "bev-distillery store 2"
 MANIFEST = "manifest.json"
-ALIGNMENT = 64  # bytes; chunks start at multiples, so that memory-mapped arrays are aligned for any dtype
+CALIBRATION = "calibration.safetensors"
+ALIGNMENT = 64  # bytes; chunks start at multiples
 SHARD_NAME = re.compile(r"shard-\d{5}\.bin")
 _TRAILER = struct.Struct("<Q8s8s")
 _MAGIC = b"BEVSHARD"
-DTYPES = ("float16", "float32")
-
-
-class StoreError(RuntimeError):
-    """A store cannot be built or read; the message says where, why, and what to do."""
-
-
-class StaleStoreError(StoreError):
-    """A store of other weights, inputs or code."""
-
-
-class DamagedShardError(StoreError):
-    """A shard is truncated or its bytes changed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class StoreIdentity:
     preprocessing: str  # input and grid settings, taps and threshold
     index: str  # the samples and what is known of them
     code: str  # sources of the extraction and of the models
-    dtype: str  # of dense taps
+    encoding: str  # of the taps, in words
 
     def check(self, expected: StoreIdentity, where: Path) -> None:
         """Compare with the identity that is asked for.
@@ -62,51 +56,13 @@ class StoreIdentity:
             raise StaleStoreError(f"store {where} is stale: {pairs}. Run its extract stage again")
 
 
-@dataclass(frozen=True)
-class TapSpec:
-    """Type and shape of a tap's arrays. A first size of None makes it ragged: it differs between samples."""
+class Chunk(NamedTuple):
+    """Where a chunk is in its shard."""
 
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise StoreError(f"dtype {self.dtype!r} of a tap: allowed are {', '.join(DTYPES)}")
-
-    @property
-    def ragged(self) -> bool:
-        """Whether the number of rows differs between samples."""
-        return self.shape[0] is None
-
-    def bytes(self, rows: int) -> int:
-        """Bytes of one sample; `rows` is the first size where that is ragged."""
-        sizes = (rows if size is None else size for size in self.shape)
-        return int(np.prod(list(sizes), dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-    def array(self, buffer: Any, offset: int, length: int) -> NDArray[Any]:
-        """A view of a chunk in a buffer."""
-        dtype = np.dtype(self.dtype)
-        flat = np.frombuffer(buffer, dtype, count=length // dtype.itemsize, offset=offset)
-        return flat.reshape([-1 if size is None else size for size in self.shape])
-
-    def encode(self, value: Any, tap: str, token: str) -> NDArray[Any]:
-        """The array as it is stored.
-
-        Raises:
-            StoreError: a wrong shape, a NaN, or a value that the dtype cannot hold; names tap and sample.
-        """
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(value, dtype=self.dtype)
-        sizes = [size if size is not None else array.shape[0] for size in self.shape] if array.ndim else []
-        if list(array.shape) != sizes:
-            raise StoreError(f"tap {tap} of sample {token} is {list(array.shape)}, declared {list(self.shape)}")
-        wrong = int(np.count_nonzero(~np.isfinite(array)))
-        if wrong:
-            raise StoreError(
-                f"tap {tap} of sample {token} has {wrong} of {array.size} values that are not finite in {self.dtype}: "
-                "look at the teacher's weights and at this sample; nothing of it was stored"
-            )
-        return array
+    offset: int
+    length: int  # bytes
+    size: int  # bytes before compression
+    checksum: str  # xxh3-64 of the stored bytes
 
 
 class Contents(NamedTuple):
@@ -114,14 +70,14 @@ class Contents(NamedTuple):
 
     identity: StoreIdentity
     taps: dict[str, TapSpec]
+    calibration: str  # checksum of the calibration file
     tokens: list[str]
-    chunks: dict[str, list[tuple[int, int, str]]]  # per tap and sample: offset, length in bytes, xxh3-64
+    chunks: dict[str, list[Chunk]]  # per tap, in the order of the samples
     sums: dict[str, dict[str, Any]]  # per dense tap: values per channel, and over them sum and sum of squares
 
     def dump(self) -> bytes:
         """As bytes; equal contents give equal bytes."""
-        taps = {name: asdict(spec) for name, spec in self.taps.items()}
-        value = {**self._asdict(), "format": FORMAT, "identity": asdict(self.identity), "taps": taps}
+        value = {**self._asdict(), "format": FORMAT, "identity": asdict(self.identity), "taps": dump_taps(self.taps)}
         return json.dumps(value, sort_keys=True).encode()
 
     @classmethod
@@ -131,13 +87,101 @@ class Contents(NamedTuple):
         if value.pop("format") != FORMAT:
             raise ValueError(f"not of format {FORMAT!r}")
         value["identity"], value["taps"] = StoreIdentity(**value["identity"]), parse_taps(value["taps"])
-        value["chunks"] = {tap: [(int(o), int(n), str(h)) for o, n, h in rows] for tap, rows in value["chunks"].items()}
+        value["chunks"] = {
+            tap: [Chunk(int(o), int(n), int(m), str(h)) for o, n, m, h in rows] for tap, rows in value["chunks"].items()
+        }
         return cls(**value)
 
+    def check(self, end: int) -> None:
+        """Make sure that every sample has its chunks, that they lie before `end` and declare what their tap can have.
 
-def parse_taps(value: Mapping[str, Any]) -> dict[str, TapSpec]:
-    """Tap specs out of JSON."""
-    return {name: TapSpec(spec["dtype"], tuple(spec["shape"])) for name, spec in value.items()}
+        Raises:
+            ValueError: they do not.
+        """
+        lengths = {tap: len(rows) for tap, rows in self.chunks.items()}
+        if lengths != dict.fromkeys(self.taps, len(self.tokens)):
+            raise ValueError("its chunks are not those of its samples and taps")
+        for tap, rows in self.chunks.items():
+            for chunk in rows:
+                self.taps[tap].check_sizes(chunk.length, chunk.size)
+                if chunk.offset < 0 or chunk.offset + chunk.length > end:
+                    raise ValueError("its chunks do not lie inside it")
+
+
+class CalibrationFile(NamedTuple):
+    """The calibrations of a store's dense taps, and of which store they are."""
+
+    identity: StoreIdentity
+    taps: dict[str, TapSpec]
+    calibrations: dict[str, Calibration]
+
+    def dump(self) -> bytes:
+        """As bytes; equal calibrations give equal bytes."""
+        named = {
+            f"{tap}.{name}": array
+            for tap, calibration in self.calibrations.items()
+            for name in ("scale", "zero", "basis")
+            if (array := getattr(calibration, name)) is not None
+        }
+        described = {"format": FORMAT, "identity": asdict(self.identity), "taps": dump_taps(self.taps)}
+        described["checksum"] = _sum_tensors(described, named)
+        # One entry, because safetensors writes several in an order that differs between processes.
+        return safetensors.numpy.save(named, {"store": json.dumps(described, sort_keys=True)})
+
+    @classmethod
+    def parse(cls, text: bytes) -> CalibrationFile:
+        """The reverse of `dump`.
+
+        Raises:
+            ValueError: the bytes changed, or the arrays are not those of the taps.
+        """
+        try:
+            named = safetensors.numpy.load(text)
+        except safetensors.SafetensorError as error:
+            raise ValueError(str(error)) from error
+        described = json.loads(json.loads(text[8 : 8 + struct.unpack("<Q", text[:8])[0]])["__metadata__"]["store"])
+        if described.pop("checksum") != _sum_tensors(described, named):
+            raise ValueError("it changed after it was written")
+        if described["format"] != FORMAT:
+            raise ValueError(f"not of format {FORMAT!r}")
+        identity, taps = StoreIdentity(**described["identity"]), parse_taps(described["taps"])
+        calibrations = {
+            tap: Calibration(*(named.get(f"{tap}.{name}") for name in ("scale", "zero", "basis")))  # type: ignore[arg-type]
+            for tap, spec in taps.items()
+            if spec.encoding is not None
+        }
+        return cls(identity, taps, calibrations)
+
+
+def _sum_tensors(described: Mapping[str, Any], named: Mapping[str, NDArray[Any]]) -> str:
+    state = xxhash.xxh3_64(json.dumps(described, sort_keys=True).encode())
+    for name, array in sorted(named.items()):
+        state.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        state.update(np.ascontiguousarray(array).data)
+    return state.hexdigest()
+
+
+def read_calibration(folder: Path | str, expected: StoreIdentity | None = None) -> tuple[CalibrationFile, str]:
+    """The calibration file of a store, finished or not, and its checksum.
+
+    Args:
+        folder: of the store.
+        expected: the identity that it must have; None reads any.
+
+    Raises:
+        StaleStoreError: the identity differs; names the fields.
+        StoreError: it is absent or damaged.
+    """
+    path = Path(folder) / CALIBRATION
+    try:
+        text = path.read_bytes()
+        parsed = CalibrationFile.parse(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
+        state = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise StoreError(f"calibration {path} {state}. Run its extract stage again") from error
+    if expected is not None:
+        parsed.identity.check(expected, path)
+    return parsed, checksum(text)
 
 
 def checksum(data: Any) -> str:
@@ -170,11 +214,9 @@ def read_contents(path: Path) -> tuple[Contents, str]:
         if xxhash.xxh3_64_digest(text) != digest:
             raise ValueError("its contents changed")
         contents = Contents.parse(text)
-        end = size - _TRAILER.size - length
-        if any(o < 0 or n < 0 or o + n > end for rows in contents.chunks.values() for o, n, _ in rows):
-            raise ValueError("its chunks do not lie inside it")
+        contents.check(end=size - _TRAILER.size - length)
         return contents, digest.hex()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise DamagedShardError(f"shard {path} is damaged: {error}") from error
 
 

@@ -14,6 +14,7 @@ from pipeline.report import charts
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
 from pipeline.report.results import UNITS, Arm, ReportError, Study, load_study
+from pipeline.report.stores import augmentations, stored_taps
 from pipeline.report.tables import comparison, difference, markdown, notes, number, plain
 
 TEACHER_SLOTS = 3  # colours of the page's style sheet, given out in turn
@@ -32,9 +33,11 @@ class Report:
 def build(
     metrics: Path,
     predictions: Path,
+    cards: Path,
     *,
     profile: str,
     teachers: Sequence[str],
+    stores: Sequence[str],
     variants: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int],
     stages: Mapping[str, int],
@@ -46,8 +49,10 @@ def build(
     Args:
         metrics: folder of `<teacher>.json` and `<variant>-<seed>.json`.
         predictions: folder with one folder per run: metrics_details.json, pictures.json and the pictures.
+        cards: folder of `<store>.json`, what extraction says of each store.
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
+        stores: names of the stores of the study.
         variants: the study's variants in order, name -> its entry of params.yaml; the first is the baseline.
         seeds: seeds of the study.
         stages: stage name -> number of instances, for the picture of the DAG.
@@ -59,6 +64,7 @@ def build(
     """
     study = load_study(metrics, teachers, list(variants), seeds)
     table, lines = comparison(study), notes(study)
+    taps = stored_taps(cards, stores)
     html = _template().render(
         study=study,
         best=_best(study),
@@ -68,6 +74,8 @@ def build(
         profile=profile,
         profile_note=profile_note(profile, len(seeds)),
         recipes=recipes(variants),
+        taps=taps,
+        augmentations=augmentations(taps),
         charts=[charts.bar_chart(study, metric) for metric in ("mAP", "NDS")],
         heat=charts.heat_map(study),
         curves=charts.curves(study, _details(study, predictions)),

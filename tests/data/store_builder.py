@@ -14,27 +14,48 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.store import StoreIdentity, StoreWriter, TapSpec  # noqa: E402
+from data.store import Calibration, Encoding, StoreIdentity, StoreWriter, TapSpec  # noqa: E402
 
-IDENTITY = StoreIdentity(weights="w1", preprocessing="p1", index="i1", code="c1", dtype="float16")
-TAPS = {"bev_lift": TapSpec("float16", (4, 8, 8)), "boxes": TapSpec("float32", (None, 11))}
+IDENTITY = StoreIdentity(weights="w1", preprocessing="p1", index="i1", code="c1", encoding="bev_lift: float16; boxes")
+COMPACT = Encoding("int8", channels=2, cells="foreground", compression="lz4")
+TAPS = {
+    "bev_lift": TapSpec.dense((4, 8, 8), Encoding(), extent=25.6),
+    "bev_neck": TapSpec.dense((4, 8, 8), COMPACT, extent=25.6),
+    "boxes": TapSpec.boxes(),
+}
 TOKENS = [f"token-{i:02d}" for i in range(22)]
 SHARD = 4
 
 
 def arrays(token: str) -> dict[str, NDArray[Any]]:
-    """Outputs of a sample: a map, and 0 to 4 boxes."""
+    """Outputs of a sample: two maps, the cells that the second keeps, and 0 to 4 boxes."""
     number = int(token[-2:])
     rng = np.random.default_rng(number)
     return {
         "bev_lift": rng.normal(3, 2, (4, 8, 8)).astype(np.float32),
         "boxes": rng.normal(size=(number % 5, 11)).astype(np.float32),
+        "bev_neck": rng.normal(0, 1, (4, 8, 8)).astype(np.float32),
+        "bev_neck.keep": rng.random((8, 8)) < 0.3,
     }
+
+
+def calibrate(taps: dict[str, TapSpec], tokens: list[str]) -> dict[str, Calibration]:
+    """Fit the dense taps to some samples."""
+    samples = [arrays(token) for token in tokens]
+    return {
+        tap: Calibration.fit(spec.encoding, [s[tap] for s in samples], [s.get(f"{tap}.keep") for s in samples])
+        for tap, spec in taps.items()
+        if spec.encoding is not None
+    }
+
+
+CALIBRATION = calibrate(TAPS, TOKENS[::4])
 
 
 def build(folder: Path, *, seconds: float = 0.0, tokens: list[str] = TOKENS, **changes: Any) -> list[int]:
     """Build what is missing; returns the shards that were written."""
-    settings: dict[str, Any] = {"identity": IDENTITY, "taps": TAPS, "shard_samples": SHARD} | changes
+    settings: dict[str, Any] = {"identity": IDENTITY, "taps": TAPS, "shard_samples": SHARD, "calibration": CALIBRATION}
+    settings |= changes
 
     def outputs(tokens: list[str]) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
         for token in tokens:

@@ -46,7 +46,9 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert names[-1] == "report"
     assert nodes["prepare"].upstream == ("generate@city",)
     assert set(nodes["extract@lidar"].upstream) == {"prepare", "teacher@lidar"}
-    assert "extract@lidar" in nodes["distill@baseline-0"].upstream
+    assert nodes["extract@lidar"].outs == ("outputs/stores/lidar", "reports/stores/lidar.json")
+    assert {"extract@lidar", "teacher@lidar"} < set(nodes["distill@baseline-0"].upstream)
+    assert "extract@lidar" in nodes["report"].upstream
     assert nodes["evaluate@baseline-0"].upstream == ("distill@baseline-0", "prepare")
     for name, node in nodes.items():
         base, _, key = name.partition("@")

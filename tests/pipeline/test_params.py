@@ -27,6 +27,9 @@ def test_repository_is_valid() -> None:
 
 
 BOXES = {"student": "head", "teacher": "lidar.boxes"}
+TAPS = "stores__lidar__taps"
+MAPS = {"serve": "cached-warp"}
+ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve": "online"}}}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,36 @@ BOXES = {"student": "head", "teacher": "lidar.boxes"}
             {"variants__xod__terms": {"cls": BOXES | {"teacher": "lidar.box"}}},
             ["variants.xod.terms.cls.teacher", "lidar.box", "did you mean 'boxes'"],
         ),
-        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown teacher", "allowed: lidar"]),
+        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown store", "allowed: lidar"]),
+        ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
+        ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
+        ({"study__stores": []}, ["study.stores: []", "at least 1 item"]),
+        ({"study__stores": ["lidar-16ch"]}, ["variants.xod.terms.", "needs store 'lidar' in study.stores ['lidar-16ch']"]),
+        ({"study__teachers": []}, ["study.stores: 'lidar' needs teacher 'lidar' in study.teachers []"]),
+        (
+            {"stores__online": ONLINE, "study__stores": ["lidar", "online"]},
+            ["study.stores: all taps of 'online' are online", "nothing to extract"],
+        ),
+        (
+            {
+                "stores__online": ONLINE | {"teacher": "other"},
+                "teachers__other": {"model": {}, "train": {"epochs": 1, "batch_size": 1, "lr": 1.0}},
+                "variants__xod__terms": {"cls": BOXES | {"teacher": "online.boxes"}},
+            },
+            ["'online.boxes' is online", "needs teacher 'other' in study.teachers ['lidar']"],
+        ),
+        ({"stores__lidar__teacher": "lydar"}, ["stores.lidar.teacher", "'lydar'", "did you mean 'lidar'"]),
+        ({f"{TAPS}__boxes": MAPS}, ["stores.lidar: taps.boxes", "'cached-warp'", "allowed: cached-exact, online"]),
+        ({f"{TAPS}__boxes": {"serve": "online", "halo": 0.0, "dtype": "int8"}}, ["take no dtype, halo"]),
+        ({f"{TAPS}__bev_neck": {"serve": "cached-exact"}}, ["taps.bev_neck", "allowed: cached-warp, online"]),
+        ({f"{TAPS}__head": MAPS}, ["taps.head", "'cached-warp'", "allowed: online"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"dtype": "int4"}}, ["taps.bev_lift.dtype", "'int4'", "int8"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"halo": 2.0}}, ["taps.bev_lift.halo: 2.0 m are 1.25 cells", "whole number"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"channels": 0}}, ["channels", "0", "greater than or equal to 1"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"cell": "all"}}, ["taps.bev_lift.cell", "did you mean 'cells'"]),
+        ({"store__gap_samples": -1}, ["store.gap_samples", "-1"]),
+        ({"store__dtype": "float16"}, ["store.dtype", "unknown key"]),
+        ({"teachers__lidar__taps": {}}, ["teachers.lidar.taps", "unknown key"]),
         ({"variants__baseline__train": {"epoch": 1}}, ["variants.baseline.train.epoch", "did you mean 'epochs'"]),
         ({"grid__z": [5.0, 3.0]}, ["grid", "[5.0, 3.0]", "lowest"]),
         ({"grid__range": 51.3}, ["grid", "51.3", "whole number"]),
@@ -91,6 +123,15 @@ def test_missing_file_and_wrong_shape(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("- a\n")
     with pytest.raises(ParamsError, match="mapping"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
+    terms = {"cls": BOXES | {"teacher": "online.boxes"}}
+    path = tmp_path / "params.yaml"
+    path.write_text(params_text(stores__online=ONLINE, study__stores=["lidar-16ch"], variants__xod__terms=terms))
+    params = load_params(path)
+    assert params.stores["online"].cached == {}
+    assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
 
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:

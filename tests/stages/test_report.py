@@ -42,6 +42,18 @@ STAGES = {"prepare": 1, "teacher": 1, "distill": 6, "evaluate": 6, "report": 1}
 EDGES = [("prepare", "teacher"), ("teacher", "distill"), ("prepare", "distill"), ("distill", "evaluate")]
 EDGES += [("prepare", "evaluate"), ("evaluate", "report")]
 
+CARD = {
+    "store": "lidar",
+    "taps": {
+        "bev_lift": {
+            "serve": "cached-warp", "encoding": "int8, occupied cells, zstd", "bytes_per_sample": 39_300.0,
+            "float16_bytes_per_sample": 393_216, "error": {"mean": 0.0123, "max_of_std": 0.02},
+            "gap": {"identity": 0.0123, "flip x": 0.25},
+        },
+        "boxes": {"serve": "cached-exact", "encoding": "float32", "bytes_per_sample": 880.0},
+    },
+}  # fmt: skip
+
 
 def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tuple[str, ...] = ()) -> dict[str, Any]:
     classes = {}
@@ -86,13 +98,15 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
         metrics = make_metrics(rng, kind, level, absent)
         (root / "metrics" / f"{key}.json").write_text(json.dumps(metrics))
         make_predictions(rng, root / "predictions" / key, metrics)
+    (root / "stores").mkdir()
+    (root / "stores/lidar.json").write_text(json.dumps(CARD))
     return root
 
 
 def make_report(root: Path, seeds: list[int]) -> Report:
     return build(
-        root / "metrics", root / "predictions", profile="demo", teachers=["lidar"], variants=VARIANTS, seeds=seeds,
-        stages=STAGES, edges=EDGES,
+        root / "metrics", root / "predictions", root / "stores", profile="demo", teachers=["lidar"], stores=["lidar"],
+        variants=VARIANTS, seeds=seeds, stages=STAGES, edges=EDGES,
     )  # fmt: skip
 
 
@@ -158,6 +172,16 @@ def test_undefined_metrics_become_dashes(tmp_path: Path) -> None:
     assert "nan" not in report.plain
 
 
+def test_teacher_outputs_are_listed(tmp_path: Path) -> None:
+    html = make_report(make_study(tmp_path, [0]), [0]).html
+    section = html.partition('<section id="stores">')[2].partition("</section>")[0]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section.partition("<tbody>")[2])
+    dense = ["lidar", "bev_lift", "cached-warp", "int8, occupied cells, zstd", "39.3 kB", "10 %", "1.2 %"]
+    dense += ["1.2 %", "25 %"]  # the gaps
+    boxes = ["lidar", "boxes", "cached-exact", "float32", "880 B", "–", "–", "–", "–"]
+    assert cells == dense + boxes
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -168,6 +192,7 @@ def test_undefined_metrics_become_dashes(tmp_path: Path) -> None:
         ("predictions/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
         ("predictions/xfd-0/00-bev.png", None, "is missing"),
         ("predictions/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
+        ("stores/lidar.json", None, "is missing: run `dvc repro extract@lidar`"),
     ],
 )
 def test_what_is_missing_is_named_with_what_to_run(

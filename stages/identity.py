@@ -1,0 +1,65 @@
+"""What a store must be now: the identity that extraction gives it and that students ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from data.store import Encoding, StoreIdentity, hash_files
+from pipeline.params import Params, StoreParams, TapParams
+from stages.inputs import INDEX
+
+# The code that the contents of a store depend on. Of models, not the losses, which work on what is stored.
+CODE: Final = (
+    "stages/calibration.py",
+    "stages/extract.py",
+    "stages/frozen.py",
+    "stages/inputs.py",
+    "stages/serving.py",
+    "stages/weights.py",
+    "data/augment.py",
+    "data/batch.py",
+    "data/blobs.py",
+    "data/boxes.py",
+    "data/dataset.py",
+    "data/geometry.py",
+    "data/index.py",
+    "data/sensors.py",
+)
+
+
+def store_identity(root: Path, params: Params, store: str, weights: str | None = None) -> StoreIdentity:
+    """The identity that a store must have now; `weights` stands in for a teacher that is not here."""
+    settings = params.stores[store]
+    # At evaluation nothing else of `input` has an effect: a student's augmentation may change, its store stays.
+    input_ = {"frames", "sweeps", "radar"}
+    described = {
+        "input": params.input.model_dump(include=input_) | {"size": params.input.image.size},
+        "grid": params.grid.model_dump(),
+        "split": params.data.splits.train,
+        "taps": {name: tap.halo for name, tap in settings.cached.items()},
+        "score_threshold": settings.score_threshold if "boxes" in settings.cached else None,
+        "calibration_samples": params.store.calibration_samples,
+    }
+    sources = [*(root / "models").glob("*.py"), *(root / "data/store").glob("*.py")]
+    return StoreIdentity(
+        weights=weights or hash_files(root, [f"outputs/teachers/{settings.teacher}"]),
+        preprocessing=xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()),
+        index=hash_files(root, [INDEX]),
+        code=hash_files(root, [*CODE, *(str(path.relative_to(root)) for path in sources)]),
+        encoding=describe(settings),
+    )
+
+
+def describe(store: StoreParams) -> str:
+    """The encodings of the cached taps in words."""
+    taps = store.cached.items()
+    return "; ".join(name if name == "boxes" else f"{name}: {encoding(tap)}" for name, tap in taps)
+
+
+def encoding(tap: TapParams) -> Encoding:
+    """The encoding that params.yaml asks for."""
+    return Encoding(tap.dtype, tap.channels, tap.cells, tap.compression)

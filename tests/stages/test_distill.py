@@ -1,0 +1,285 @@
+"""Distillation from cached and online taps: they agree, the teacher stays as it is, only the student is exported."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.build import build_index
+from data.city import CityConfig, generate
+from data.store import StaleStoreError, Store, StoreError
+from data.teacher import TaughtDataset
+from models.detector import build_detector
+from models.distill import TermConfig
+from pipeline.graph import StageSpec
+from pipeline.params import Params, merge, read_yaml
+from pipeline.stage import StageContext, StageError, Stop
+from pipeline.tracking import NullTracker
+from stages import distill, extract
+from stages.distill import Distillation, make_recipe, open_sources, tap_statistics, taught_dataset
+from stages.weights import save_detector
+from tests.models.factory import GRID, camera_config, lidar_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES, HALO = 6, 6.4
+TEACHER = lidar_config(voxel={"size": [0.4, 0.4], "max_points": 8, "max_voxels": [10_000, 10_000]})
+EXACT = {"serve": "cached-warp", "dtype": "float32"}
+SMALL = {"serve": "cached-warp", "dtype": "int8", "channels": 8, "cells": "foreground", "compression": "zstd"}
+BOXES = {"serve": "cached-exact"}
+ONLINE = {"serve": "online"}
+STORES = {
+    "exact": {"boxes": BOXES, "bev_lift": EXACT},
+    "half": {"boxes": BOXES, "bev_lift": EXACT | {"dtype": "float16"}},
+    "small": {"bev_lift": SMALL | {"halo": HALO}},
+    "live": {"boxes": ONLINE, "bev_lift": ONLINE},
+    "mixed": {"boxes": BOXES, "bev_lift": ONLINE},
+}
+STILL = {"flip_x": 0.0, "flip_y": 0.0, "rotate": 0.0, "scale": [1.0, 1.0]}
+MOVED = {"flip_x": 0.5, "flip_y": 0.5, "rotate": 22.5, "scale": [0.95, 1.05]}
+BOX_MASK = {"kind": "teacher_conf", "threshold": 0.101}
+KINDS = {
+    "cls": {"student": "head", "mask": BOX_MASK, "distance": "qfl", "weight": 1.0},
+    "reg": {"student": "head", "mask": BOX_MASK, "distance": "sl1", "weight": 0.25},
+    "xfd": {"student": "bev_neck", "mask": {"kind": "balanced"}, "adapter": {"kind": "decoder"}, "distance": "l1",
+            "weight": 0.3},
+}  # fmt: skip
+
+
+def terms_of(store: str, *kinds: str) -> dict[str, Any]:
+    return {kind: KINDS[kind] | {"teacher": f"{store}.{'bev_lift' if kind == 'xfd' else 'boxes'}"} for kind in kinds}
+
+
+def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
+    raw = read_yaml(ROOT / "params.yaml")
+    raw["stores"] = {
+        name: {"teacher": "lidar", "score_threshold": 0.1, "taps": taps} for name, taps in STORES.items()
+    }
+    raw["variants"] = {
+        f"from-{name}": {"student": "camera", "terms": terms_of(name, *(["xfd"] if name == "small" else KINDS))}
+        for name in STORES
+    } | {"baseline": {"student": "camera", "terms": {}}}
+    raw["students"]["camera"]["model"] = camera_config()
+    raw["study"] |= {"variants": [], "stores": ["exact", "half", "small", "mixed"]}
+    train = {"epochs": 1, "batch_size": 2, "precision": "bf16-mixed", "workers": 0, "checkpoint_minutes": 0}
+    overlay = {
+        "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
+        "input": {"sweeps": 1, "image": {"size": [32, 64]}, "bev": bev},
+        "grid": GRID,
+        "store": {"shard_samples": 4, "calibration_samples": SAMPLES, "gap_samples": 0},
+        "students": {"camera": {"train": train}},
+    }
+    return Params.model_validate(merge(merge(raw, overlay), changes))
+
+
+def context_of(root: Path, params: Params, stage: str, key: str) -> StageContext:
+    outs = (f"outputs/stores/{key}", f"reports/stores/{key}.json", f"outputs/students/{key}")
+    scratch = root / f".scratch/{stage}-{key}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return StageContext(stage, key, params, StageSpec(stage, key, "", {}, {}, outs), root, scratch, NullTracker(),
+                        Stop(), 0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the code, a dataroot, an index, an untrained teacher and its stores."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("data", "models", "pipeline", "stages"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    city = CityConfig(
+        seed=3, train_scenes=2, val_scenes=1, train_keyframes=3, val_keyframes=1, image=(32, 64), sweeps=1, azimuths=360
+    )
+    generate(city, root / "outputs/city", "v1.0-trainval")
+    build_index(root / "outputs/city", "v1.0-trainval", ("train", "val"), root / "outputs/index")
+    torch.manual_seed(0)
+    save_detector(root / "outputs/teachers/lidar", TEACHER, build_detector(TEACHER).state_dict())
+    for name in ("exact", "half", "small", "mixed"):
+        extract.run(context_of(root, parse(), "extract", name))
+    return root
+
+
+def configs(store: str, *kinds: str) -> dict[str, TermConfig]:
+    return {name: TermConfig(**term) for name, term in terms_of(store, *kinds).items()}
+
+
+def set_up(root: Path, params: Params, store: str, *kinds: str) -> tuple[Distillation, list[Any]]:
+    """The task of a variant on one student, and the batches of an epoch."""
+    context, terms = context_of(root, params, "distill", "x-0"), configs(store, *kinds)
+    sources = open_sources(context, terms)
+    statistics = tap_statistics(context, sources)
+    torch.manual_seed(1)
+    student = build_detector(camera_config())
+    task = Distillation(student, make_recipe(student, terms, statistics), sources)
+    dataset, collate = taught_dataset(context, student, task.recipe, sources, seed=0)
+    keys = [(0, i, i) for i in range(SAMPLES)]
+    return task, list(DataLoader(dataset, 2, sampler=keys, collate_fn=collate))  # type: ignore[arg-type]
+
+
+def losses(root: Path, params: Params, store: str, *kinds: str) -> Tensor:
+    task, batches = set_up(root, params, store, *kinds)
+    return torch.stack([torch.stack(list(task.loss(batch, 0.5).values())) for batch in batches]).detach()
+
+
+def test_cached_and_online_losses_agree_without_augmentation(root: Path) -> None:
+    params = parse()
+    live = losses(root, params, "live", *KINDS)
+    assert live.shape == (SAMPLES // 2, 3 + len(KINDS))
+    assert (live[:, 3:] > 0).all()
+    torch.testing.assert_close(losses(root, params, "exact", *KINDS), live, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses(root, params, "half", *KINDS), live, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses(root, params, "mixed", *KINDS), live, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bev", [STILL, STILL | {"flip_x": 1.0}, STILL | {"flip_y": 1.0}])
+def test_online_and_cached_maps_lie_in_the_same_frame(root: Path, bev: dict[str, Any]) -> None:
+    """Cells with points are the same ones; their values are equal where nothing is mirrored."""
+    params = parse(bev)
+    (live, batches), (exact, taught) = (set_up(root, params, name, "xfd") for name in ("live", "exact"))
+    for batch, cached in zip(batches, taught, strict=True):
+        online, stored = live.sources(batch), exact.sources(cached)
+        assert online["live.bev_lift.valid"].all()
+        assert stored["exact.bev_lift.valid"].all()
+        rerun, served = online["live.bev_lift"], stored["exact.bev_lift"]
+        occupied, expected = (maps.ne(0).any(1) for maps in (rerun, served))
+        assert 0.05 < occupied.float().mean() < 0.95
+        assert (occupied ^ expected).float().mean() < 0.01
+        if bev == STILL:
+            torch.testing.assert_close(rerun, served, rtol=1e-5, atol=1e-5)
+
+
+def test_the_online_teacher_runs_in_float32(root: Path) -> None:
+    task, batches = set_up(root, parse(MOVED), "live", *KINDS)
+    plain = task.sources(batches[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = task.sources(batches[0])
+    assert plain["live.bev_lift"].dtype == cast["live.bev_lift"].dtype == torch.float32
+    assert torch.equal(plain["live.bev_lift"], cast["live.bev_lift"])
+    assert all(map(torch.equal, plain["live.boxes"], cast["live.boxes"]))
+    assert not any(value.requires_grad for value in plain["live.boxes"])
+    assert all((rows[:, 9] >= 0.1).all() for rows in plain["live.boxes"])
+
+
+@pytest.mark.parametrize("store", ["live", "small"])
+def test_only_the_student_trains_and_is_exported(
+    root: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run: the teacher's parameters and buffers keep every bit, and no file or optimiser has them."""
+    opened = []
+    monkeypatch.setattr(distill, "Distillation", lambda *parts: opened.append(Distillation(*parts)) or opened[-1])
+    context = context_of(root, parse(MOVED), "distill", f"from-{store}-0")
+    distill.run(context)
+    task = opened[0]
+    before = load_file(root / "outputs/teachers/lidar/model.safetensors")
+    teachers = [online.detector for online in task.sources.online.values()]
+    assert len(teachers) == (store == "live")
+    for teacher in teachers:
+        assert teacher.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+        assert not teacher.training
+        assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    trained = {id(p) for p in task.module.parameters()}
+    assert not trained & {id(p) for teacher in teachers for p in teacher.parameters()}
+    weights = load_file(root / f"outputs/students/from-{store}-0/model.safetensors")
+    assert weights.keys() == task.student.state_dict().keys()
+    allowed = {f"{kind}/{name}" for kind in ("model", "ema") for name in task.module.state_dict()}
+    saved = load_file(max(context.scratch.glob("checkpoints/*.safetensors")))
+    assert {name for name in saved if not name.startswith("optimizer/")} <= allowed
+    parameters = sum(1 for _ in task.module.parameters())
+    assert {int(name.split("/")[1]) for name in saved if name.startswith("optimizer/")} == set(range(parameters))
+
+
+def test_a_students_start_and_samples_do_not_depend_on_how_it_is_taught(root: Path) -> None:
+    params = parse(MOVED)
+    (first, batches), (second, others) = (set_up(root, params, name, *KINDS) for name in ("exact", "live"))
+    assert all(map(torch.equal, first.student.state_dict().values(), second.student.state_dict().values()))
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.bev_aug, other.bev_aug)
+        assert all(map(torch.equal, batch.boxes, other.boxes))
+        assert not any(map(len, batch.points))
+        assert all(map(len, other.points))
+
+
+def test_a_halo_is_served_on_the_grid_with_a_source_everywhere_there_is_foreground(root: Path) -> None:
+    task, batches = set_up(root, parse(MOVED), "small", "xfd")
+    store = task.sources.stores["small"]
+    assert store.taps["bev_lift"].shape == (48, 48, 8)
+    for batch in batches:
+        outputs = task.sources(batch)
+        maps, valid = outputs["small.bev_lift"], outputs["small.bev_lift.valid"]
+        assert maps.shape == (2, 12, 32, 32)
+        assert 0 < valid.float().mean() < 1
+        assert set(outputs) == {"small.bev_lift", "small.bev_lift.valid"}
+        assert (maps.abs().sum(1, keepdim=True)[~valid] == 0).all()
+
+
+def test_statistics_of_an_online_tap_are_those_of_a_store(root: Path) -> None:
+    context = context_of(root, parse(), "distill", "x-0")
+    found = {
+        name: tap_statistics(context, open_sources(context, configs(name, "xfd")))[f"{name}.bev_lift"]
+        for name in ("live", "exact")
+    }
+    torch.testing.assert_close(found["live"], found["exact"], rtol=1e-5, atol=1e-7)
+
+
+def test_only_what_the_terms_read_is_opened(root: Path, tmp_path: Path) -> None:
+    context = context_of(root, parse(), "distill", "x-0")
+    sources = open_sources(context, {})
+    assert (sources.stores, sources.online, sources.sensors) == ({}, {}, set())
+    assert tap_statistics(context, sources) == {}
+    online = open_sources(context, configs("mixed", "xfd"))
+    assert (list(online.stores), list(online.online)) == ([], ["mixed"])
+    cached = open_sources(context, configs("mixed", "cls", "reg"))
+    assert (list(cached.stores), list(cached.online)) == (["mixed"], [])
+    both = open_sources(context, configs("mixed", *KINDS))
+    assert both.online["mixed"].taps == ["bev_lift"]
+    assert both.cached(["mixed.boxes", "mixed.bev_lift"]) == {"mixed.boxes"}
+
+
+def test_a_stale_store_is_refused_and_an_absent_teacher_is_told(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = parse(stores={"exact": {"score_threshold": 0.2}})
+    with pytest.raises(StaleStoreError, match="preprocessing is"):
+        open_sources(context_of(root, other, "distill", "x-0"), configs("exact", "cls"))
+    away = tmp_path / "project"
+    shutil.copytree(root, away, ignore=shutil.ignore_patterns("teachers", "city", ".scratch"))
+    context = context_of(away, parse(), "distill", "x-0")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(open_sources(context, configs("exact", "cls")).stores["exact"], Store)
+    assert "the weights of teacher lidar are not here: store exact is not compared with them" in caplog.text
+    with pytest.raises(StaleStoreError, match="preprocessing is"):
+        open_sources(context_of(away, other, "distill", "x-0"), configs("exact", "cls"))
+    with pytest.raises(StageError, match="does not hold a whole model"):
+        open_sources(context, configs("live", "cls"))
+    shutil.rmtree(away / "outputs/stores/exact")
+    with pytest.raises(StoreError, match="does not exist"):
+        open_sources(context, configs("exact", "cls"))
+
+
+def test_a_tap_that_the_online_teacher_lacks_is_named(root: Path) -> None:
+    params = parse(stores={"live": {"taps": {"pv": ONLINE}}})
+    terms = {"x": TermConfig(**KINDS["xfd"] | {"teacher": "live.pv"})}
+    context = context_of(root, params, "distill", "x-0")
+    with pytest.raises(StageError, match=r"stores\.live\.taps: LidarCenterPoint has no tap 'pv'"):
+        tap_statistics(context, open_sources(context, terms))
+
+
+def test_without_cached_taps_the_data_set_is_the_plain_one(root: Path) -> None:
+    context = context_of(root, parse(), "distill", "x-0")
+    student = build_detector(camera_config())
+    for name, kind in (("live", "NuScenesDataset"), ("exact", "TaughtDataset")):
+        terms = configs(name, *KINDS)
+        sources = open_sources(context, terms)
+        recipe = make_recipe(student, terms, tap_statistics(context, sources))
+        dataset, _ = taught_dataset(context, student, recipe, sources, seed=0)
+        assert type(dataset).__name__ == kind
+        plain = dataset.dataset if isinstance(dataset, TaughtDataset) else dataset
+        assert ("points" in plain.modalities) == (name == "live")  # type: ignore[attr-defined]
