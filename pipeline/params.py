@@ -230,7 +230,7 @@ class StudyParams(Section):
     """What one report compares."""
 
     teachers: list[str]
-    stores: list[str] = Field(min_length=1)  # every student depends on outputs/stores, so DVC wants it there
+    stores: list[str]
     variants: list[str]
     seeds: list[int]
 

@@ -1,4 +1,4 @@
-"""What the calibration samples of a store say: the calibration of its dense taps, and what their encodings cost."""
+"""The calibration of a store's dense taps, and what their encodings cost."""
 
 from __future__ import annotations
 

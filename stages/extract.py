@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 BUILD: Final = "store"  # in the scratch folder: the store that is being built
 KEPT: Final = "kept"  # beside it: hard links to what was published
+UNSEEN: Final = 8  # samples that the calibration has not seen, on which its errors are measured
 
 
 def run(context: StageContext) -> None:
@@ -111,9 +112,11 @@ class Extraction:
             wait()
 
     def _prepare(self) -> Prepared:
-        """Calibrate on evenly spaced samples, and refuse what cannot fit."""
+        """Calibrate on evenly spaced samples, refuse what cannot fit, and measure errors on samples in between."""
         rows = evenly(self.params.store.calibration_samples, len(self.tokens))
-        samples = dict(self.teacher.stream([rows]))
+        others = sorted(set(range(len(self.tokens))) - set(rows))
+        unseen = [others[i] for i in evenly(UNSEEN, len(others))] or rows
+        samples, held_out = (dict(self.teacher.stream([group])) for group in (rows, unseen))
         specs = tap_specs(self.teacher, self.settings, next(iter(samples.values())))
         calibrations = self._known_calibrations() or calibrate(specs, samples)
         planned = plan(
@@ -125,7 +128,7 @@ class Extraction:
         )
         logger.info("plan: %s", planned)
         planned.check()
-        found = {tap: errors(specs[tap], calibration, tap, samples) for tap, calibration in calibrations.items()}
+        found = {tap: errors(specs[tap], calibration, tap, held_out) for tap, calibration in calibrations.items()}
         return Prepared(specs, calibrations, found)
 
     def _known_calibrations(self) -> dict[str, Calibration] | None:

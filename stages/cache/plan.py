@@ -23,7 +23,7 @@ from stages.cache.builds import STORES, actionable, builds, chosen, published, r
 from stages.cache.table import duration, size, table
 from stages.calibration import calibrate, tap_specs
 from stages.card import PROBES
-from stages.extract import BUILD
+from stages.extract import BUILD, UNSEEN
 from stages.frozen import FrozenTeacher, Outputs, evenly
 from stages.weights import save_detector
 
@@ -206,7 +206,8 @@ def _timed(teacher: FrozenTeacher) -> tuple[dict[str, Outputs], float]:
 
 def _passes(params: Params, samples: int) -> int:
     """How often the teacher runs for a store: per sample, for the calibration and for the card's gaps."""
-    return samples + min(params.store.calibration_samples, samples) + params.store.gap_samples * len(PROBES)
+    calibration = min(params.store.calibration_samples, samples) + min(UNSEEN, samples)
+    return samples + calibration + params.store.gap_samples * len(PROBES)
 
 
 def _to_write(
