@@ -7,7 +7,7 @@ import sys
 import warnings
 
 MODULES = ["torch", "mmcv.ops", "mmdet.models", "mmdet3d.models", "nuscenes.nuscenes", "lightning_fabric", "dvc.repo",
-           "prefect", "mlflow", "pyarrow", "embreex"]
+           "prefect.server.api.server", "mlflow", "pyarrow", "embreex"]
 
 
 def main() -> None:
