@@ -61,10 +61,10 @@ class Plan:
         return max(sum(self.sizes.values()) + self.samples * _SAMPLE_OVERHEAD - self.present, 0)
 
     def __str__(self) -> str:
-        taps = ", ".join(f"{name} {_readable(size)}" for name, size in self.sizes.items())
-        present = f", {_readable(self.present)} of it there already" if self.present else ""
-        total = f"{_readable(sum(self.sizes.values()))}, at most {_readable(self.most)}"
-        return f"{self.samples} samples, {total} ({taps}){present}; {_readable(self.free)} free in {self.folder}"
+        taps = ", ".join(f"{name} {readable(size)}" for name, size in self.sizes.items())
+        present = f", {readable(self.present)} of it there already" if self.present else ""
+        total = f"{readable(sum(self.sizes.values()))}, at most {readable(self.most)}"
+        return f"{self.samples} samples, {total} ({taps}){present}; {readable(self.free)} free in {self.folder}"
 
     def check(self) -> None:
         """Refuse what is not expected to fit.
@@ -74,7 +74,7 @@ class Plan:
         """
         if self.needed > self.free:
             raise StoreError(
-                f"the store needs {_readable(self.needed)} and {_readable(self.free)} are free in {self.folder}: "
+                f"the store needs {readable(self.needed)} and {readable(self.free)} are free in {self.folder}: "
                 "free space, keep fewer taps, or encode them smaller (dtype, channels, cells, compression)"
             )
 
@@ -131,9 +131,10 @@ def _shards_beside(there: Path, store: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in store.glob("shard-*.bin") if path.exists()}
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Bytes in decimal units with three digits: 8.39 MB, 236 GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from data.store.layout import MANIFEST
+from data.store.writer import readable
 from pipeline import graph
 from pipeline.params import Params, load_params
 from pipeline.stage import SCRATCH
@@ -28,7 +29,7 @@ from stages.cache.builds import (
     state,
     taken_over,
 )
-from stages.cache.table import size, table
+from stages.cache.table import table
 from stages.extract import BUILD
 
 REMOVED: Final = "removed"
@@ -59,7 +60,7 @@ def run(root: Path, *, yes: bool, stale: bool) -> int:
                 _remove(root / item.path)
         if fate in (REMOVED, LISTED):
             going, shared = going + length, shared + linked
-        rows.append([str(item.path), size(length), fate, item.why])
+        rows.append([str(item.path), readable(length), fate, item.why])
     if rows:
         print(table(["path", "bytes", "fate", "why"], rows, right={"bytes"}))
     print("\n".join([*_links(root), _total(going, shared, yes)]))
@@ -77,8 +78,8 @@ def _fate(item: Item, user: str | None, yes: bool, stale: bool) -> str:
 def _total(going: int, shared: int, yes: bool) -> str:
     if not going:
         return "nothing was removed" if yes else "nothing to remove"
-    text = f"{size(going)} removed" if yes else f"{size(going)} can go: python -m pipeline cache gc --yes"
-    note = f"\n{size(shared)} of it has other links, such as DVC's cache (dvc gc): that part frees no space"
+    text = f"{readable(going)} removed" if yes else f"{readable(going)} can go: python -m pipeline cache gc --yes"
+    note = f"\n{readable(shared)} of it has other links, such as DVC's cache (dvc gc): that part frees no space"
     return text + note if shared else text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.store import DamagedShardError
 from data.store.layout import read_contents
+from data.store.writer import readable
 from pipeline.params import Params, load_params
 from stages.cache.builds import (
     STORES,
@@ -22,7 +23,7 @@ from stages.cache.builds import (
     state,
     taken_over,
 )
-from stages.cache.table import size, table
+from stages.cache.table import table
 from stages.identity import describe
 
 
@@ -54,7 +55,9 @@ def run(root: Path, *, as_json: bool) -> int:
 def _text(rows: list[Row]) -> str:
     if not rows:
         return "params.yaml has no stores, and none is built"
-    cells = [[row.store, row.teacher or "?", f"{row.samples:,}", size(row.bytes), row.state, row.taps] for row in rows]
+    cells = [
+        [row.store, row.teacher or "?", f"{row.samples:,}", readable(row.bytes), row.state, row.taps] for row in rows
+    ]
     return table(["store", "teacher", "samples", "bytes", "state", "taps"], cells, right={"samples", "bytes"})
 
 

@@ -15,12 +15,13 @@ from typing import Final
 import torch
 
 from data.store import TapSpec, mean_bytes, plan
+from data.store.writer import readable
 from models.detector import build_detector
 from pipeline.errors import PipelineError
 from pipeline.params import Params, StoreParams, load_params
 from pipeline.stage import SCRATCH
 from stages.cache.builds import STORES, actionable, builds, chosen, published, resumed_in, state
-from stages.cache.table import duration, size, table
+from stages.cache.table import duration, table
 from stages.calibration import calibrate, tap_specs
 from stages.card import PROBES
 from stages.extract import BUILD, UNSEEN
@@ -151,10 +152,10 @@ def _table(costs: Sequence[StoreCost]) -> str:
                 rows.append([cost.store, tap.tap, "online", tap.encoding, *[""] * 5])
                 continue
             guess = "~" if tap.varies and not cost.trained else ""
-            cells = [size(value) for value in (tap.bytes_per_sample, *(getattr(tap, figure) for figure in figures))]
+            cells = [readable(value) for value in (tap.bytes_per_sample, *(getattr(tap, figure) for figure in figures))]
             marked = [cell if i in (2, 4) else guess + cell for i, cell in enumerate(cells)]
             rows.append([cost.store, tap.tap, tap.serve, tap.encoding, *marked])
-    rows.append(["total", "", "", "", "", *(size(sum(cost.total(figure) for cost in costs)) for figure in figures)])
+    rows.append(["total", "", "", "", "", *(readable(sum(cost.total(figure) for cost in costs)) for figure in figures)])
     return table(header, rows, right={"per sample", "expected", "at most", "trainval"})
 
 
@@ -176,15 +177,15 @@ def _lines(costs: Sequence[StoreCost]) -> Iterator[str]:
 def _verdict(costs: Sequence[StoreCost], free: int, fits: bool) -> str:
     needed = sum(cost.to_write for cost in costs)
     if not needed:
-        return f"nothing is to be built; {size(free)} are free"
+        return f"nothing is to be built; {readable(free)} are free"
     if not fits:
         return (
-            f"does not fit: {size(needed)} are to be written and {size(free)} are free: free space, keep fewer taps, "
-            "or encode them smaller (dtype, channels, cells, compression)"
+            f"does not fit: {readable(needed)} are to be written and {readable(free)} are free: free space, "
+            "keep fewer taps, or encode them smaller (dtype, channels, cells, compression)"
         )
     most = sum(cost.total("at_most") for cost in costs if cost.to_write)
-    return f"fits: {size(needed)} are to be written and {size(free)} are free" + (
-        f"; but {size(most)}, the most that it can be, would not" if most > free else ""
+    return f"fits: {readable(needed)} are to be written and {readable(free)} are free" + (
+        f"; but {readable(most)}, the most that it can be, would not" if most > free else ""
     )
 
 

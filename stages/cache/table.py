@@ -1,4 +1,4 @@
-"""Tables and figures for people: aligned plain text, decimal units."""
+"""Tables and figures for people: aligned plain text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collectio
         ).rstrip()
         for line in lines
     )
-
-
-def size(count: float) -> str:
-    """Bytes with three digits: 8.39 MB, 236 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def duration(seconds: float) -> str:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from data.store import DamagedShardError, Store, StoreError, find_damage
 from data.store.layout import MANIFEST, read_contents
-from data.store.writer import check_chunks
+from data.store.writer import check_chunks, readable
 from pipeline import graph
 from pipeline.environment import die_with_parent
 from pipeline.errors import PipelineError
 from pipeline.params import Params, load_params
 from pipeline.stage import rerun_command
 from stages.cache.builds import ASIDE, STORES, actionable, chosen, folder_bytes, held, lock_file, published
-from stages.cache.table import size
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ def report(root: Path, name: str) -> list[Damage]:
     length, _ = folder_bytes(root / STORES / name)
     if not damage:
         samples = len(Store.open(root / STORES / name))
-        print(f"{name}: whole, {samples:,} samples, {size(length)} read at {size(length / seconds)}/s", flush=True)
+        speed = readable(length / seconds)
+        print(f"{name}: whole, {samples:,} samples, {readable(length)} read at {speed}/s", flush=True)
     for found in damage:
         print(f"{name}: {found.problem.replace(f'{root}/', '')}", flush=True)
     return damage

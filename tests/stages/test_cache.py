@@ -22,13 +22,14 @@ from ruamel.yaml import YAML
 from data.build import build_index
 from data.pictures import Boxes, draw_map, feature_colours
 from data.store import Encoding, Store, TapSpec
+from data.store.writer import readable
 from models.detector import build_detector
 from pipeline.environment import die_with_parent
 from pipeline.errors import PipelineError
 from pipeline.params import StoreParams, merge
 from stages.cache import plan
 from stages.cache.plan import TRAINVAL, StoreCost, describe, tap_costs
-from stages.cache.table import duration, size, table
+from stages.cache.table import duration, table
 from stages.weights import save_detector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +168,7 @@ def project(built: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyP
 
 def test_figures_are_short_and_decimal() -> None:
     counts = [0, 999, 1000, 8_388_608, 999_600_000, 236e9, 1.5e12]
-    assert [size(count) for count in counts] == ["0 B", "999 B", "1 kB", "8.39 MB", "1 GB", "236 GB", "1.5 TB"]
+    assert [readable(count) for count in counts] == ["0 B", "999 B", "1 kB", "8.39 MB", "1 GB", "236 GB", "1.5 TB"]
     assert [duration(seconds) for seconds in (0.1, 40, 720, 12_600)] == ["1 s", "40 s", "12 min", "3.5 h"]
 
 
