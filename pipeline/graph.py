@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.params import flatten
@@ -19,8 +21,35 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 
+PATIENCE = 5.0  # seconds for another DVC to finish writing dvc.lock
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 class GraphError(PipelineError):
     """dvc.yaml cannot be read, names an unknown stage, or is in use by another process."""
+
+
+class LockFileError(GraphError):
+    """dvc.lock is broken, or half written."""
+
+
+def _settled(read: Callable[P, T]) -> Callable[P, T]:
+    """Read again while dvc.lock is broken: DVC writes it in place, so that a reader beside it may see an empty file."""
+
+    @functools.wraps(read)
+    def patiently(*args: P.args, **kwargs: P.kwargs) -> T:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return read(*args, **kwargs)
+            except LockFileError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+
+    return patiently
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ def address(name: str, key: str | None) -> str:
     return f"{name}@{key}" if key else name
 
 
+@_settled
 def graph(root: Path | None = None) -> dict[str, Node]:
     """All stages, dependencies before their dependants."""
     import networkx
@@ -84,6 +114,7 @@ def graph(root: Path | None = None) -> dict[str, Node]:
         }
 
 
+@_settled
 def status(root: Path | None = None) -> dict[str, list[str]]:
     """Stages that are out of date, each with the reasons. Asked before anything runs: later DVC is busy."""
     with _repo(root) as repo:
@@ -95,6 +126,7 @@ def status(root: Path | None = None) -> dict[str, list[str]]:
         }
 
 
+@_settled
 def resolve(name: str, root: Path | None = None) -> StageSpec:
     """What stage `name` (distill@baseline-0) runs on now; quick, as DVC keeps hashes, and free of its locks."""
     from dvc.dependency import ParamsDependency
@@ -149,6 +181,7 @@ def _repo(root: Path | None) -> Iterator[Repo]:
     from dvc.lock import LockError
     from dvc.repo import Repo
     from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
+    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
     try:
         with Repo(os.fspath(root) if root else None) as repo:
@@ -159,6 +192,9 @@ def _repo(root: Path | None) -> Iterator[Repo]:
         raise GraphError(
             f"{error}: a DVC process died while writing it; when none runs here, remove .dvc/tmp/rwlock"
         ) from error
+    except (YAMLSyntaxError, YAMLValidationError) as error:
+        kind = LockFileError if str(error.path).endswith("dvc.lock") else GraphError
+        raise kind(f"DVC: {error}") from error
     except DvcException as error:
         causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
         raise GraphError("DVC: " + "\n".join(causes)) from error

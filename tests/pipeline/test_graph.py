@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -145,6 +146,26 @@ def test_resolving_does_not_wait_for_a_running_stage(chain: Project) -> None:
     running.kill()
     chain.stop_all()
     running.wait()
+
+
+@pytest.mark.parametrize("half", ["", "stages:\n  one:\n    cmd: [", "schema: '2.0'\nstages:\n  one: {cmd: \"cp in"])
+def test_a_lock_file_that_is_being_written_is_read_again(chain: Project, half: str) -> None:
+    """DVC truncates dvc.lock before it writes it; a stage that starts at that moment must not fail."""
+    chain.repro("one")
+    whole = (chain.root / "dvc.lock").read_text()
+    expected = graph.resolve("one", chain.root)
+    chain.write("dvc.lock", half)
+    writer = threading.Timer(0.5, chain.write, ("dvc.lock", whole))
+    writer.start()
+    assert graph.resolve("one", chain.root) == expected
+    writer.join()
+
+
+def test_a_lock_file_that_stays_broken_is_named(chain: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "PATIENCE", 0.2)
+    chain.write("dvc.lock", "stages: {}\n")
+    with pytest.raises(graph.LockFileError, match=r"dvc\.lock' validation failed"):
+        graph.status(chain.root)
 
 
 def test_broken_projects_are_named(chain: Project) -> None:
