@@ -70,8 +70,7 @@ def collate_taught(samples: Sequence[TaughtSample]) -> Batch:
     """`data.batch.collate`, with boxes as a list and dense maps stacked in `Batch.teacher`."""
     batch = collate([taught.sample for taught in samples])
     for name in samples[0].teacher:
-        arrays = [taught.teacher[name] for taught in samples]
-        tensors = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in arrays]
+        tensors = [torch.from_numpy(taught.teacher[name]) for taught in samples]
         # In a worker torch's collate stacks straight into shared memory; np.stack's result is copied there again.
         batch.teacher[name] = tensors if name.endswith(".boxes") else default_collate(tensors)
     return batch

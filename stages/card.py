@@ -17,7 +17,6 @@ from data.batch import Batch, collate
 from data.boxes import transform_boxes
 from data.dataset import GridConfig
 from data.store import Store
-from data.store.layout import read_contents
 from pipeline.params import Params
 from stages.calibration import rounded
 from stages.frozen import BATCH, FrozenTeacher, View, evenly
@@ -50,10 +49,9 @@ def make_card(
         gaps: by dense tap, see `measure_gaps`; empty when they are not measured.
     """
     settings, samples = params.stores[name], len(store)
-    shards = [read_contents(path)[0] for path in sorted(store.folder.glob("shard-*.bin"))]
     taps: dict[str, Any] = {}
     for tap, spec in store.taps.items():
-        stored = sum(chunk.length for contents in shards for chunk in contents.chunks[tap])
+        stored = store.bytes(tap)
         taps[tap] = {"serve": settings.taps[tap].serve, "encoding": "float32" if spec.ragged else str(spec.encoding)}
         taps[tap] |= {"bytes": stored, "bytes_per_sample": rounded(stored / samples)}
         if not spec.ragged:

@@ -154,10 +154,6 @@ class Store:
             arrays |= self._decoded(shard, row, tap)
         return arrays
 
-    def verify(self) -> list[str]:
-        """Read everything and compare it with its checksums; returns the damage, a message per damaged file."""
-        return list(find_damage(self.folder).values())
-
     def _decoded(self, shard: int, row: int, tap: str) -> dict[str, NDArray[Any]]:
         offset, length, size, digest = self._contents[shard].chunks[tap][row]
         process, spec = self._of_this_process(), self.taps[tap]

@@ -334,3 +334,16 @@ def test_a_bitmap_must_agree_with_the_rows(cells: str) -> None:
         decode(chunk._replace(data=bytes(data)), encoding)
     with pytest.raises(ValueError, match="its bitmap has"):
         decode(Encoded(bytes(data[:3]), 3), encoding)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "float8_e4m3"])
+@pytest.mark.parametrize("cells", ["all", "occupied"])
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+def test_what_is_decoded_can_be_changed(dtype: str, cells: str, compression: str) -> None:
+    """Batches are made of it without a copy, which torch wants to be able to write to."""
+    value = np.random.default_rng(0).random((4, 8, 8), np.float32)
+    spec = TapSpec.dense((4, 8, 8), Encoding(dtype, None, cells, compression), 1.0)
+    calibration = Calibration.fit(Encoding(dtype, None, cells, compression), [value])
+    chunk = spec.encode({"tap": value}, "tap", "token", calibration)
+    kept = type(chunk)(np.frombuffer(bytearray(chunk.data), np.uint8), chunk.size)  # as the reader gives it
+    assert spec.decode(kept, "tap", calibration)["tap"].flags.writeable

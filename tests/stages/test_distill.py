@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.build import build_index
-from data.city import CityConfig, generate
 from data.store import StaleStoreError, Store, StoreError
 from data.teacher import TaughtDataset
 from models.detector import build_detector
@@ -25,12 +23,11 @@ from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import distill, extract
 from stages.distill import Distillation, make_recipe, open_sources, tap_statistics, taught_dataset
-from stages.weights import save_detector
-from tests.models.factory import GRID, camera_config, lidar_config
+from tests.models.factory import GRID, camera_config
+from tests.stages.untrained import make_root
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, HALO = 6, 6.4
-TEACHER = lidar_config(voxel={"size": [0.4, 0.4], "max_points": 8, "max_voxels": [10_000, 10_000]})
 EXACT = {"serve": "cached-warp", "dtype": "float32"}
 SMALL = {"serve": "cached-warp", "dtype": "int8", "channels": 8, "cells": "foreground", "compression": "zstd"}
 BOXES = {"serve": "cached-exact"}
@@ -90,16 +87,7 @@ def context_of(root: Path, params: Params, stage: str, key: str) -> StageContext
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the code, a dataroot, an index, an untrained teacher and its stores."""
-    root = tmp_path_factory.mktemp("project")
-    for name in ("data", "models", "pipeline", "stages"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    city = CityConfig(
-        seed=3, train_scenes=2, val_scenes=1, train_keyframes=3, val_keyframes=1, image=(32, 64), sweeps=1, azimuths=360
-    )
-    generate(city, root / "outputs/city", "v1.0-trainval")
-    build_index(root / "outputs/city", "v1.0-trainval", ("train", "val"), root / "outputs/index")
-    torch.manual_seed(0)
-    save_detector(root / "outputs/teachers/lidar", TEACHER, build_detector(TEACHER).state_dict())
+    root = make_root(tmp_path_factory.mktemp("project"), train_keyframes=3)
     for name in ("exact", "half", "small", "mixed"):
         extract.run(context_of(root, parse(), "extract", name))
     return root

@@ -24,8 +24,6 @@ import torch
 from ruamel.yaml import YAML
 
 from data.augment import bev_matrix
-from data.build import build_index
-from data.city import CityConfig, generate
 from data.store import Store
 from models.detector import build_detector
 from models.warp import warp_bev
@@ -40,6 +38,7 @@ from stages.frozen import FrozenTeacher, evenly
 from stages.identity import CODE, store_identity
 from stages.weights import load_detector, save_detector
 from tests.models.factory import GRID, lidar_config
+from tests.stages.untrained import TEACHER, make_root
 from tests.test_stage_dependencies import closure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +47,6 @@ PLAIN = {"boxes": {"serve": "cached-exact"}, "bev_lift": {"serve": "cached-warp"
 CODED = {"serve": "cached-warp", "dtype": "int8", "channels": 6, "cells": "occupied", "compression": "zstd"}
 HALO = 6.4
 # As many voxels as there are: where their limit is met, a larger grid keeps others.
-TEACHER = lidar_config(voxel={"size": [0.4, 0.4], "max_points": 8, "max_voxels": [10_000, 10_000]})
 
 
 def values(taps: dict[str, Any] = PLAIN, **changes: Any) -> dict[str, Any]:
@@ -72,19 +70,10 @@ def parse(taps: dict[str, Any] = PLAIN, **changes: Any) -> Params:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the code, a dataroot, an index and an untrained teacher; to be copied."""
-    root = tmp_path_factory.mktemp("made")
-    for name in ("data", "models", "pipeline", "stages"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    root = make_root(tmp_path_factory.mktemp("made"), train_keyframes=5)
     shutil.copytree(ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, root / name)
-    city = CityConfig(
-        seed=3, train_scenes=2, val_scenes=1, train_keyframes=5, val_keyframes=1, image=(32, 64), sweeps=1, azimuths=360
-    )
-    generate(city, root / "outputs/city", "v1.0-trainval")
-    build_index(root / "outputs/city", "v1.0-trainval", ("train", "val"), root / "outputs/index")
-    torch.manual_seed(0)
-    save_detector(root / "outputs/teachers/lidar", TEACHER, build_detector(TEACHER).state_dict())
     return root
 
 
