@@ -1,10 +1,11 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
+# make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke (docs/studies.md)
 # make test   lint and the test suite
 # make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
 # make ui     MLflow on http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench ui up clean
+.PHONY: help setup demo study test lint bench ui up clean
 SHELL := /bin/bash
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -25,6 +26,12 @@ $(READY): | setup/setup.sh
 
 demo: setup      ## the study of params.yaml at demo size
 	@$(PY) -m pipeline profile demo
+	@$(PY) -m pipeline run
+	@cat reports/table.txt
+
+study: setup     ## PROFILE is optional: the study names the one that it is meant for
+	@test -n "$(STUDY)" || { $(PY) -m pipeline study; echo "which one? make study STUDY=..."; exit 2; }
+	@$(PY) -m pipeline study $(STUDY) $(if $(PROFILE),--profile $(PROFILE))
 	@$(PY) -m pipeline run
 	@cat reports/table.txt
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.instances import CameraBatch
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -48,7 +50,8 @@ class Batch:
     boxes: list[Tensor]  # of [M, 9], see data.boxes; augmented frame
     labels: list[Tensor]  # of [M] int64, positions in CLASSES
     depth: Tensor  # [B, 6, H / stride, W / stride] in m, 0 where unknown; supervision of training only
-    # Teacher outputs: boxes in the augmented frame, stored maps in the LiDAR frame (data.teacher)
+    # Teacher outputs: boxes in the augmented frame, instances in the augmented images of frame 0, stored maps in the
+    # LiDAR frame (data.teacher)
     teacher: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -90,6 +93,10 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if isinstance(value, dict):
         return {key: _map_tensors(entry, function) for key, entry in value.items()}
+    if isinstance(value, CameraBatch):
+        return value.map(function)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(entry, function) for entry in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_map_tensors(entry, function) for entry in value)
     return value

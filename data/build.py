@@ -18,7 +18,7 @@ from data.blobs import BlobError, check_blobs
 from data.boxes import lidar_boxes_from_global
 from data.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES
 from data.geometry import Float64, se3
-from data.index import CAMERAS, FILE, FORMAT, LIDAR, RADARS
+from data.index import CAMERAS, FILE, FORMAT, LIDAR, RADARS, devkit_split, scenes_of_split
 from data.tables import MISSING, Rows, TableError, Tables
 
 RADAR_SWEEPS: Final = 6  # 0.46 s at 13 Hz
@@ -74,7 +74,7 @@ def build_index(
     Args:
         dataroot: folder that holds `version`, `samples` and `sweeps`.
         version: v1.0-trainval, v1.0-mini or v1.0-test.
-        splits: the devkit's names of the splits.
+        splits: the devkit's names of the splits; of a part such as train[:64], the whole split is indexed.
         out_dir: folder of the index, made if need be.
         skip_broken: how many samples may be left out because a file of theirs is missing or broken.
         sweeps: LiDAR sweeps per keyframe, the keyframe's own included.
@@ -86,27 +86,26 @@ def build_index(
     """
     dataroot = Path(dataroot)
     tables = Tables(dataroot, version)
-    keyframes = _keyframes(tables, version, sorted(set(splits)), sweeps, radar)
+    split_of_scene = _split_of_scene(tables, version, splits)
+    keyframes = _keyframes(tables, split_of_scene, sweeps, radar)
     faults, digest = _sample_faults(dataroot, tables, keyframes)
     _check_bound(faults, skip_broken)
     keep = np.array([row not in faults for row in range(len(keyframes.rows))], dtype=bool)
-    skipped = _skipped(tables, keyframes, faults)
     kept = keyframes.take(keep)
     columns = _columns(tables, kept)
     metadata = {
         "format": FORMAT,
         "version": version,
-        "splits": json.dumps(sorted(set(splits))),
-        "skipped": json.dumps(skipped, sort_keys=True),
+        "scenes": json.dumps(_scenes(split_of_scene)),
+        "skipped": json.dumps(_skipped(tables, keyframes, keyframes.scene, faults), sort_keys=True),
         "blobs": digest,
     }
     _write(Path(out_dir), columns, metadata)
-    return _summary(kept, len(columns["box"].flatten()), skipped)
+    return _summary(kept, len(columns["box"].flatten()), _skipped(tables, keyframes, keyframes.split, faults))
 
 
-def _keyframes(tables: Tables, version: str, splits: Sequence[str], sweeps: int, radar: bool) -> _Keyframes:
-    """The keyframes of the splits, scene by scene in time, with the sensor records that belong to each."""
-    split_of_scene = _split_of_scene(tables, version, splits)
+def _keyframes(tables: Tables, split_of_scene: dict[str, str], sweeps: int, radar: bool) -> _Keyframes:
+    """The keyframes of some scenes, scene by scene in time, with the sensor records that belong to each."""
     names = np.array(tables["scene"]["name"].to_pylist(), dtype=object)
     split_of_row = np.array([split_of_scene.get(name) for name in names], dtype=object)
     scene_rows = tables.look_up("scene", tables["sample"]["scene_token"])
@@ -121,9 +120,13 @@ def _keyframes(tables: Tables, version: str, splits: Sequence[str], sweeps: int,
 
 
 def _split_of_scene(tables: Tables, version: str, splits: Sequence[str]) -> dict[str, str]:
-    """Scene name -> split, for the scenes of the splits that the tables have."""
+    """Scene name -> the devkit's split, for the scenes of the splits, taken whole, that the tables have."""
     from nuscenes.utils.splits import create_splits_scenes  # the official lists; the devkit takes seconds to import
 
+    try:
+        parts, splits = splits, sorted({devkit_split(split)[0] for split in splits})
+    except ValueError as error:
+        raise TableError(str(error)) from None
     unknown = [split for split in splits if split not in _VERSION_OF_SPLIT]
     if unknown or not splits:
         raise TableError(f"split {unknown or splits}: nuScenes has {', '.join(_VERSION_OF_SPLIT)}. Set data.splits.")
@@ -149,7 +152,22 @@ def _split_of_scene(tables: Tables, version: str, splits: Sequence[str]) -> dict
         if shared:
             raise TableError(f"scene {shared[0]} is in splits {split!r} and {result[shared[0]]!r}: choose one of them.")
         result.update(dict.fromkeys(scenes, split))
+    _check_parts(parts, _scenes(result))
     return result
+
+
+def _check_parts(splits: Sequence[str], scenes: dict[str, list[str]]) -> None:
+    for split in splits:
+        try:
+            scenes_of_split(split, scenes[devkit_split(split)[0]])
+        except ValueError as error:
+            raise TableError(str(error)) from None
+
+
+def _scenes(split_of_scene: dict[str, str]) -> dict[str, list[str]]:
+    """Split -> its scenes, both in order of name."""
+    splits = sorted(set(split_of_scene.values()))
+    return {split: sorted(scene for scene, its in split_of_scene.items() if its == split) for split in splits}
 
 
 def _sweep_chains(tables: Tables, samples: Rows, channels: tuple[str, ...], length: int) -> Rows:
@@ -209,11 +227,14 @@ def _check_bound(faults: dict[int, str], skip_broken: int) -> None:
     )
 
 
-def _skipped(tables: Tables, keyframes: _Keyframes, faults: dict[int, str]) -> dict[str, dict[str, str]]:
+def _skipped(
+    tables: Tables, keyframes: _Keyframes, groups: NDArray[np.object_], faults: dict[int, str]
+) -> dict[str, dict[str, str]]:
+    """Group -> token of a faulty sample -> what is wrong; `groups` [S] are the keyframes' scenes or splits."""
     skipped: dict[str, dict[str, str]] = {}
     for position, reason in faults.items():
         token = tables["sample"]["token"][int(keyframes.rows[position])].as_py()
-        skipped.setdefault(keyframes.split[position], {})[token] = reason
+        skipped.setdefault(groups[position], {})[token] = reason
     return skipped
 
 

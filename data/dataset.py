@@ -114,6 +114,11 @@ class NuScenesDataset(Dataset[Sample]):
         """Sample tokens by index."""
         return self.index.tokens(self.split)
 
+    def classes(self) -> list[set[int]]:
+        """Labels of each sample's boxes that a LiDAR or RADAR point has seen, by index."""
+        annotations = (self.index.annotations(int(row)) for row in self.rows)
+        return [set(found.labels[found.valid].tolist()) for found in annotations]
+
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """The sample of a key; a plain index means epoch 0 and the position of that index.
 

@@ -6,7 +6,8 @@ File names in it are relative to the dataroot, so its bytes depend on the data a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +19,52 @@ from numpy.typing import NDArray
 
 from data.geometry import Float64
 
-FORMAT: Final = "bev-distillery index 1"
+FORMAT: Final = "bev-distillery index 2"
 FILE: Final = "index.arrow"
 CAMERAS: Final = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR: Final = "LIDAR_TOP"
 RADARS: Final = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LEFT", "RADAR_BACK_RIGHT")
 
+_PART: Final = re.compile(r"([^][]+)\[(-?\d+)?:(-?\d+)?\]")
+
 
 class IndexFormatError(ValueError):
     """The file is not an index of this format."""
+
+
+def devkit_split(split: str) -> tuple[str, slice]:
+    """The devkit's name in the name of a split, and which of its scenes are meant, in order of name.
+
+    `train` means all of them, `train[:64]` the first 64, `train[-16:]` the last 16.
+
+    Raises:
+        ValueError: there are brackets, but no slice of whole numbers without a step between them.
+    """
+    if "[" not in split and "]" not in split:
+        return split, slice(None)
+    part = _PART.fullmatch(split)
+    if part is None:
+        raise ValueError(
+            f"split {split!r}: a part is written like a Python slice over scenes, as train[:64] or train[-16:]. "
+            "Set data.splits."
+        )
+    start, stop = (None if bound is None else int(bound) for bound in part.groups()[1:])
+    return part[1], slice(start, stop)
+
+
+def scenes_of_split(split: str, names: Iterable[str]) -> list[str]:
+    """Those scenes of a devkit split, given by `names`, that it or a part of it means, in order of name.
+
+    Raises:
+        ValueError: none is left, or the part is badly written.
+    """
+    whole, part = devkit_split(split)
+    ordered = sorted(names)
+    if not ordered[part]:
+        raise ValueError(
+            f"split {split!r} has no scene: {whole!r} has {len(ordered)} of them in this dataroot. Set data.splits."
+        )
+    return ordered[part]
 
 
 @dataclass(frozen=True)
@@ -108,8 +146,8 @@ class Index:
                 "run the stage `prepare` again."
             )
         self.version: str = metadata["version"]
-        self.splits: list[str] = json.loads(metadata["splits"])
-        self._skipped: dict[str, dict[str, str]] = json.loads(metadata["skipped"])
+        self._scenes: dict[str, list[str]] = json.loads(metadata["scenes"])  # of each of the devkit's splits
+        self._skipped: dict[str, dict[str, str]] = json.loads(metadata["skipped"])  # scene -> sample token -> reason
         batch = reader.get_batch(0)
         self._columns: dict[str, Any] = dict(zip(batch.schema.names, batch.columns, strict=True))
 
@@ -131,13 +169,26 @@ class Index:
         return len(self._columns["token"])
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Row numbers of one of the devkit's splits, scene by scene in time.
+        """Row numbers of one of the devkit's splits or of a part of it, scene by scene in time.
 
         Raises:
-            ValueError: the index was built without that split.
+            ValueError: see `scenes`.
         """
-        self._check_split(split)
-        return np.flatnonzero(pc.equal(self._columns["split"], split))
+        return np.flatnonzero(pc.is_in(self._columns["scene"], value_set=pa.array(self.scenes(split))))
+
+    def scenes(self, split: str) -> list[str]:
+        """Names of the scenes of a split or of a part of it, in order; also of those whose samples were all left out.
+
+        Raises:
+            ValueError: the index was built without that split, or the part is badly written or empty.
+        """
+        whole, _ = devkit_split(split)
+        if whole not in self._scenes:
+            raise ValueError(
+                f"split {whole!r} is not in the index {self.path}, which holds {', '.join(self._scenes)}: "
+                "set data.splits and run the stage `prepare` again."
+            )
+        return scenes_of_split(split, self._scenes[whole])
 
     def tokens(self, split: str) -> list[str]:
         """Sample tokens of a split, in the order of `rows`."""
@@ -148,8 +199,7 @@ class Index:
 
         The devkit demands a prediction for each of them: evaluation submits an empty list.
         """
-        self._check_split(split)
-        return self._skipped.get(split, {})
+        return {token: reason for scene in self.scenes(split) for token, reason in self._skipped.get(scene, {}).items()}
 
     def row(self, token: str) -> int:
         """Row number of a sample token.
@@ -175,7 +225,7 @@ class Index:
             cameras=self._cameras(row),
             lidar=self._sweeps("lidar", row),
             radars=self._sweeps("radar", row),
-            annotations=self._annotations(row),
+            annotations=self.annotations(row),
         )
 
     def global_SE3_lidar(self, row: int) -> Float64:
@@ -199,7 +249,8 @@ class Index:
             global_SE3_sensor=self._array(f"global_SE3_{sensor}", row, -1, 4, 4),
         )
 
-    def _annotations(self, row: int) -> Annotations:
+    def annotations(self, row: int) -> Annotations:
+        """The boxes of the keyframe at a row, without reading the rest of its record."""
         return Annotations(
             boxes=self._array("box", row, -1, 9),
             labels=self._array("label", row),
@@ -222,10 +273,3 @@ class Index:
             values = values.flatten()
         array = values.to_numpy(zero_copy_only=True)
         return array.reshape(shape) if shape else array
-
-    def _check_split(self, split: str) -> None:
-        if split not in self.splits:
-            raise ValueError(
-                f"split {split!r} is not in the index {self.path}, which holds {', '.join(self.splits)}: "
-                "set data.splits and run the stage `prepare` again."
-            )

@@ -25,6 +25,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.utils.splits import get_scenes_of_split
 
 from data.classes import CLASSES
+from data.index import devkit_split, scenes_of_split
 
 CONFIG: Final = "detection_cvpr_2019"
 MEAN_ERRORS: Final = {
@@ -77,26 +78,28 @@ def open_tables(dataroot: Path, version: str) -> NuScenes:
 
 
 def split_tokens(nusc: NuScenes, split: str) -> list[str]:
-    """Tokens of all keyframes of a devkit split, in the order of the sample table.
+    """Tokens of all keyframes of a devkit split or of a part of it, in the order of the sample table.
 
     Raises MetricsError where the split is unknown or the dataroot has none of its scenes.
     """
     try:
-        names = set(get_scenes_of_split(split, nusc))
+        whole, _ = devkit_split(split)
+        official = set(get_scenes_of_split(whole, nusc))
     except ValueError as error:
         raise MetricsError(f"unknown split {split!r}: {error}") from error
-    scenes = {scene["token"] for scene in nusc.scene if scene["name"] in names}
-    tokens = [sample["token"] for sample in nusc.sample if sample["scene_token"] in scenes]
-    if not tokens:
+    scenes = {scene["name"]: scene["token"] for scene in nusc.scene if scene["name"] in official}
+    try:
+        chosen = {scenes[name] for name in scenes_of_split(split, scenes)}
+    except ValueError as error:
         raise MetricsError(
-            f"version {nusc.version!r} in {nusc.dataroot} has no keyframe of split {split!r}: "
-            "check data.version and data.splits (v1.0-mini goes with mini_train and mini_val)"
-        )
-    return tokens
+            f"version {nusc.version!r} in {nusc.dataroot}: {error} Check data.version too "
+            "(v1.0-mini goes with mini_train and mini_val)"
+        ) from error
+    return [sample["token"] for sample in nusc.sample if sample["scene_token"] in chosen]
 
 
 def evaluate_submission(nusc: NuScenes, submission: Path, split: str) -> Evaluation:
-    """Score a submission file on a split with the devkit (detection_cvpr_2019).
+    """Score a submission file on a split, or on a part of it, with the devkit (detection_cvpr_2019).
 
     A submission without a single box scores 0: the devkit itself cannot read one, so it is given a box far out of
     every class's range, which its distance filter removes.
@@ -114,14 +117,26 @@ def evaluate_submission(nusc: NuScenes, submission: Path, split: str) -> Evaluat
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results_nusc.json"
         path.write_text(json.dumps(content))
-        return _run_devkit(nusc, path, split)
+        return _run_devkit(nusc, path, split, tokens)
 
 
-def _run_devkit(nusc: NuScenes, path: Path, split: str) -> Evaluation:
-    config = config_factory(CONFIG)
+class _SomeSamples:
+    """The devkit's tables, of whose samples only some are listed; every record can still be looked up."""
+
+    def __init__(self, nusc: NuScenes, tokens: Iterable[str]) -> None:
+        self._nusc = nusc
+        self.sample = [nusc.get("sample", token) for token in tokens]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._nusc, name)
+
+
+def _run_devkit(nusc: NuScenes, path: Path, split: str, tokens: list[str]) -> Evaluation:
+    config, tables = config_factory(CONFIG), _SomeSamples(nusc, tokens)
+    whole, _ = devkit_split(split)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the devkit's progress bar cannot be turned off
-            devkit = DetectionEval(nusc, config, str(path), split, output_dir=str(path.parent), verbose=False)
+            devkit = DetectionEval(tables, config, str(path), whole, output_dir=str(path.parent), verbose=False)
     except (AssertionError, ValueError) as error:
         raise MetricsError(f"the devkit refuses the submission for split {split!r}: {error}") from error
     metrics, details = devkit.evaluate()

@@ -1,4 +1,5 @@
-"""Pictures of keyframes: six cameras, bird's-eye view and feature maps with boxes, and precision-recall curves.
+"""Pictures of keyframes: six cameras, bird's-eye view and feature maps with boxes, instances in camera images,
+and precision-recall curves.
 
 Panels are RGB arrays [H, W, 3] of uint8, drawn with matplotlib's Agg canvas, so the same input gives the same bytes.
 A class has one colour everywhere; the truth of a predictions' panel is dashed and grey.
@@ -6,7 +7,7 @@ A class has one colour everywhere; the truth of a predictions' panel is dashed a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from data.boxes import box_corners
 from data.classes import CLASSES
 from data.geometry import inverse
 from data.index import CAMERAS, Index
+from data.instances import ImageInstances
 from data.sensors import read_points
 
 Array = NDArray[np.float64]
@@ -108,7 +110,7 @@ def load_view(index: Index, row: int, dataroot: Path) -> View:
     """
     record = index.sample(row)
     cameras, annotations = record.cameras, record.annotations
-    images = [_read_image(dataroot / file, record.token) for file in cameras.files]
+    images = [read_image(dataroot / file, record.token) for file in cameras.files]
     camera_SE3_lidar = inverse(cameras.global_SE3_camera) @ record.global_SE3_lidar
     return View(
         record.token,
@@ -121,7 +123,12 @@ def load_view(index: Index, row: int, dataroot: Path) -> View:
     )
 
 
-def _read_image(path: Path, token: str) -> Picture:
+def read_image(path: Path, token: str) -> Picture:
+    """An image [H, W, 3] RGB.
+
+    Raises:
+        BlobError: it is missing or broken; names file and sample.
+    """
     try:
         return np.asarray(Image.open(path).convert("RGB"))
     except OSError as error:
@@ -130,34 +137,93 @@ def _read_image(path: Path, token: str) -> Picture:
 
 def draw_cameras(view: View, shown: Boxes, title: str) -> Picture:
     """The six cameras in two rows with the boxes projected into them, under a strip with the title and a legend."""
+    return _cameras(view, title, shown.labels, lambda axes, name: _projected(axes, view, name, shown))
+
+
+def draw_camera_instances(view: View, shown: Mapping[str, ImageInstances], title: str) -> Picture:
+    """The six cameras as in `draw_cameras`, with masks and boxes [K, 4] of instances in raw pixels by camera name."""
+    labels = np.concatenate([instances.labels.numpy() for instances in shown.values()])
+    return _cameras(view, title, labels, lambda axes, name: _masks(axes, shown[name]))
+
+
+def _cameras(view: View, title: str, labels: NDArray[np.int64], draw: Callable[[Axes, str], None]) -> Picture:
+    """The six cameras under a strip; `draw` puts what is shown over the image of a camera."""
     height, width = view.images[CAMERA_GRID[0][0]].shape[:2]
     cell = round(_CELL * height / width)
     size = (3 * _CELL + 2 * _GAP, _STRIP + 2 * cell + _GAP)
     figure = _figure(size)
-    _strip(figure, size, title, shown)
+    _strip(figure, size, title, labels)
     for row, names in enumerate(CAMERA_GRID):
         for column, name in enumerate(names):
             corner = (column * (_CELL + _GAP), _STRIP + row * (cell + _GAP))
-            _camera(_axes(figure, size, corner, (_CELL, cell)), view, name, shown)
+            axes = _axes(figure, size, corner, (_CELL, cell))
+            _photograph(axes, view.images[name], _CELL)
+            draw(axes, name)
+            label = name.removeprefix("CAM_").replace("_", " ").lower()
+            text = axes.text(0.012, 0.965, label, transform=axes.transAxes, color="white", fontsize=8, va="top")
+            text.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.6))])
     return _render(figure)
 
 
-def _camera(axes: Axes, view: View, name: str, shown: Boxes) -> None:
-    image = view.images[name]
-    height, width = image.shape[:2]
-    small = Image.fromarray(image).resize((_CELL, round(_CELL * height / width)), Image.Resampling.LANCZOS)
-    frame = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(np.asarray(small), extent=frame, interpolation="nearest", aspect="auto")
+def _photograph(axes: Axes, image: Picture, width: int) -> None:
+    """An image over all of the axes, `width` pixels wide; the centre of its first pixel is at (0, 0)."""
+    size = image.shape[:2]
+    small = Image.fromarray(image).resize((width, round(width * size[0] / size[1])), Image.Resampling.LANCZOS)
+    left, right, bottom, top = _frame(size)
+    axes.imshow(np.asarray(small), extent=(left, right, bottom, top), interpolation="nearest", aspect="auto")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def _frame(size: tuple[int, ...]) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of an image of a height and width."""
+    height, width = size
+    return -0.5, width - 0.5, height - 0.5, -0.5
+
+
+def _projected(axes: Axes, view: View, name: str, shown: Boxes) -> None:
+    """Boxes in one camera."""
     segments, faces, owner, facing = project_boxes(shown.boxes, view.camera_SE3_lidar[name], view.intrinsics[name])
     colours = np.array(shown.colours(), dtype=object)
     axes.add_collection(PolyCollection(list(faces), facecolors=list(colours[facing]), alpha=0.22, linewidths=0))
     lines = LineCollection(list(segments), colors=list(colours[owner]), linewidths=1.1, capstyle="round")
     lines.set_path_effects(list(_CASING))
     axes.add_collection(lines)
-    axes.set(xlim=frame[:2], ylim=frame[2:])
-    label = name.removeprefix("CAM_").replace("_", " ").lower()
-    text = axes.text(0.012, 0.965, label, transform=axes.transAxes, color="white", fontsize=8, va="top")
-    text.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.6))])
+
+
+def draw_instances(image: Picture, shown: ImageInstances, title: str, *, scores: bool) -> Picture:
+    """A camera image with masks and boxes in the colours of their classes, under a strip with the title.
+
+    Args:
+        image: [H, W, 3] RGB.
+        shown: in pixels of the image.
+        title: the line above.
+        scores: whether they stand beside the names of the classes.
+    """
+    height = round(HALF * image.shape[0] / image.shape[1])
+    size = (HALF, _STRIP + height)
+    figure = _figure(size)
+    figure.text(8 / size[0], 1 - _STRIP / 2 / size[1], title, color=_INK, fontsize=9.5, va="center")
+    axes = _axes(figure, size, (0, _STRIP), (HALF, height))
+    _photograph(axes, image, HALF)
+    _masks(axes, shown)
+    for (left, top, _, _), label, score in zip(shown.boxes.tolist(), shown.labels.tolist(), shown.scores, strict=True):
+        words = CLASSES[label].replace("_", " ") + (f" {score:.2f}" if scores else "")
+        text = axes.text(left, top - 1, words, color=COLOURS[CLASSES[label]], fontsize=6.5, va="bottom", clip_on=True)
+        text.set_path_effects(list(_CASING))
+    return _render(figure)
+
+
+def _masks(axes: Axes, shown: ImageInstances) -> None:
+    """Masks and outlines of boxes over an image; where masks overlap, the one of the better score is seen."""
+    colours = [COLOURS[CLASSES[label]] for label in shown.labels.tolist()]
+    layer = np.zeros((*shown.masks.shape[1:], 4), np.uint8)
+    for number in shown.scores.argsort(stable=True).tolist():
+        layer[shown.masks[number].numpy() > 0] = [*_rgb(colours[number]), 120]
+    axes.imshow(layer, extent=_frame(layer.shape[:2]), interpolation="nearest", aspect="auto")
+    corners = shown.boxes.double().numpy()[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] - 0.5  # boxes count from pixels' edges
+    outlines = PolyCollection(list(corners), facecolors="none", edgecolors=colours, linewidths=0.9)
+    outlines.set_path_effects(list(_CASING))
+    axes.add_collection(outlines)
 
 
 def project_boxes(
@@ -338,6 +404,18 @@ def compose(truth: tuple[Picture, Picture], predicted: tuple[Picture, Picture], 
     return np.concatenate([body, _caption(caption, body.shape[1])])
 
 
+def compose_instances(truth: Picture, predicted: Picture, caption: str) -> Picture:
+    """One picture of a camera image: the panel of the truth, that of the predictions beside it, the caption below."""
+    body = np.concatenate([truth, _blank(truth.shape[0], _GAP), predicted], axis=1)
+    return np.concatenate([body, _caption(caption, body.shape[1])])
+
+
+def compose_cameras(panels: Sequence[Picture], caption: str) -> Picture:
+    """One picture: panels of cameras one below the other, then the caption."""
+    body = _stack(panels)
+    return np.concatenate([body, _caption(caption, body.shape[1])])
+
+
 def compose_maps(cameras: Picture, panels: Sequence[Picture], caption: str) -> Picture:
     """One picture: the cameras, below them panels of HALF pixels two to a row, then the caption."""
     height, width = panels[0].shape[0], cameras.shape[1]
@@ -424,10 +502,11 @@ def _axes(figure: Figure, size: tuple[int, int], corner: tuple[int, int], extent
     return axes
 
 
-def _strip(figure: Figure, size: tuple[int, int], title: str, shown: Boxes) -> None:
+def _strip(figure: Figure, size: tuple[int, int], title: str, labels: NDArray[np.int64]) -> None:
+    """A title, and a legend of the classes that are shown."""
     middle = 1 - _STRIP / 2 / size[1]
     figure.text(8 / size[0], middle, title, color=_INK, fontsize=9.5, va="center")
-    names = [CLASSES[label] for label in np.unique(shown.labels)]
+    names = [CLASSES[label] for label in np.unique(labels)]
     handles = [Line2D([], [], color=COLOURS[name], linewidth=2.2, label=name.replace("_", " ")) for name in names]
     legend = figure.legend(
         handles=handles, loc="center right", bbox_to_anchor=(1.0, middle), ncols=10, frameon=False, fontsize=8.5,

@@ -36,14 +36,14 @@ class SampleDetections:
 def build_submission(
     detections: Mapping[str, SampleDetections], index: Index, split: str, modalities: Iterable[str]
 ) -> dict[str, Any]:
-    """The submission of a split: every sample token of it, each with its best boxes in the global frame.
+    """The submission of a split or a part of it: every sample token, each with its best boxes in the global frame.
 
     Samples that the index left out as broken get an empty list, because the devkit demands every token of the split.
 
     Args:
         detections: sample token -> detections; exactly the tokens of the index's split.
         index: gives the poses.
-        split: the devkit's name of the split.
+        split: the devkit's name of the split, or a part of it such as train[-16:].
         modalities: sensors that the model saw, of `camera`, `lidar` and `radar`.
 
     Raises:

@@ -1,12 +1,13 @@
 """Teacher outputs in a batch: read from stores by the loader's workers.
 
 Workers read, verify, decompress and scatter; what is left to the training process is a copy to the device. Boxes are
-moved into the frame of the augmented sample here; maps stay as they are stored, for `stages.serving`.
+moved into the frame of the augmented sample here, instances into its augmented images; maps stay as they are stored,
+for `stages.serving`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,20 +18,22 @@ from torch.utils.data import Dataset, default_collate
 from data.batch import Batch, Sample, collate
 from data.boxes import transform_boxes
 from data.dataset import NuScenesDataset, SampleKey
-from data.store import Store
+from data.instances import CameraBatch, ImageInstances, in_image, unpack
+from data.store import Store, StoreError
 
 
 class TaughtSample(NamedTuple):
     """A sample, and by `<store>.<tap>` what a teacher said about it."""
 
     sample: Sample
-    teacher: dict[str, NDArray[Any]]
+    teacher: dict[str, Any]  # arrays; of instances a list over the cameras
 
 
 class TaughtDataset(Dataset[TaughtSample]):
     """A dataset whose samples carry teacher outputs.
 
-    Boxes [K, 11] are moved exactly by the sample's BEV augmentation. Dense maps [H, W, K] are left in the canonical
+    Boxes [K, 11] are moved exactly by the sample's BEV augmentation, instances by the image augmentation of its cameras
+    (frame 0), which takes the sample's images. Dense maps [H, W, K] are left in the canonical
     LiDAR frame and in the stored dtype, with `<store>.<tap>.present` where only the foreground is stored: warping them
     is cheaper on the device, a batch at a time.
     """
@@ -59,17 +62,20 @@ class TaughtDataset(Dataset[TaughtSample]):
     def __getitem__(self, key: SampleKey) -> TaughtSample:
         """The sample of a key with its teacher outputs."""
         sample = self.dataset[key]
-        outputs: dict[str, NDArray[Any]] = {}
+        outputs: dict[str, Any] = {}
         for name, store in self.stores.items():
             for tap, array in store.read(sample.token, self.taps[name]).items():
-                outputs[f"{name}.{tap}"] = _augmented_boxes(array, sample) if tap == "boxes" else array
+                outputs[f"{name}.{tap}"] = _MOVED[tap](array, sample) if tap in _MOVED else array
         return TaughtSample(sample, outputs)
 
 
 def collate_taught(samples: Sequence[TaughtSample]) -> Batch:
-    """`data.batch.collate`, with boxes as a list and dense maps stacked in `Batch.teacher`."""
+    """`data.batch.collate`, with `Batch.teacher`: boxes and instances as lists over the samples, dense maps stacked."""
     batch = collate([taught.sample for taught in samples])
     for name in samples[0].teacher:
+        if name.endswith(".inst2d"):
+            batch.teacher[name] = CameraBatch.of([taught.teacher[name] for taught in samples])
+            continue
         tensors = [torch.from_numpy(taught.teacher[name]) for taught in samples]
         # In a worker torch's collate stacks straight into shared memory; np.stack's result is copied there again.
         batch.teacher[name] = tensors if name.endswith(".boxes") else default_collate(tensors)
@@ -79,3 +85,14 @@ def collate_taught(samples: Sequence[TaughtSample]) -> Batch:
 def _augmented_boxes(boxes: NDArray[np.float32], sample: Sample) -> NDArray[np.float32]:
     moved: NDArray[np.float32] = transform_boxes(torch.from_numpy(boxes), sample.bev_aug).numpy()
     return moved
+
+
+def _augmented_instances(packed: NDArray[np.uint8], sample: Sample) -> list[ImageInstances]:
+    height, width = sample.images.shape[-2:]
+    try:
+        return in_image(unpack(packed), sample.image_aug[0].numpy().astype(np.float64), (height, width))
+    except ValueError as error:
+        raise StoreError(f"tap inst2d of sample {sample.token}: {error}. Run its extract stage again") from error
+
+
+_MOVED: dict[str, Callable[[NDArray[Any], Sample], Any]] = {"boxes": _augmented_boxes, "inst2d": _augmented_instances}

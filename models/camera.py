@@ -1,6 +1,7 @@
 """The camera student: a BEVDepth-type detector.
 
 Images -> backbone and neck -> depth distribution and context -> lift into BEV -> BEV encoder -> CenterPoint head.
+RADAR, where it is used, joins before the BEV encoder.
 Li et al., "BEVDepth", AAAI 2023; the lift is that of Philion and Fidler, "Lift, Splat, Shoot", ECCV 2020.
 """
 
@@ -13,11 +14,13 @@ import torch
 from mmdet3d.registry import MODELS
 from torch import Tensor
 
+import models.backbones  # noqa: F401 (registers them)
 from models.bev_pool import bev_pool, pool_index
 from models.center_head import GridCenterHead
 from models.depth_net import DepthBins, DepthNet, camera_parameters, depth_loss
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
+from models.radar import RadarMap
 
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
@@ -39,7 +42,8 @@ class Lifted(NamedTuple):
 class CameraBEVDepth(Detector):
     """BEVDepth-type camera detector.
 
-    At evaluation it reads ``images``, ``intrinsics``, ``image_aug``, ``lidar_SE3_cam`` and ``bev_aug``, nothing else.
+    At evaluation it reads ``images``, ``intrinsics``, ``image_aug``, ``lidar_SE3_cam`` and ``bev_aug``, with ``radar``
+    the RADAR returns too, and nothing else.
 
     Args:
         grid: keywords of :class:`~models.grid.Grid`.
@@ -54,21 +58,20 @@ class CameraBEVDepth(Detector):
         frames: 2 adds the previous keyframe, lifted into the current LiDAR frame without gradient.
         depth_loss_weight: 0 switches depth supervision off.
         depth_loss_kind: see :func:`~models.depth_net.depth_loss`.
+        radar: ``voxel`` and ``encoder`` of :class:`~models.radar.RadarMap`, whose map joins the lifted ones.
 
     Taps: ``pv`` [B, N, C, h, w] the image neck; ``depth`` [B, N, D, h, w] probabilities; ``bev_lift`` the lifted
-    current frame; ``bev_prev`` the lifted previous frame (with frames 2); ``bev_fused`` the BEV encoder's input;
-    ``bev_neck`` the input of the head; ``head``.
+    current frame; ``bev_prev`` the lifted previous frame (with frames 2); ``bev_fused`` the BEV encoder's input,
+    RADAR last; ``bev_neck`` the input of the head; ``head``.
     """
 
     mean: Tensor
     std: Tensor
 
-    sensors = ("images",)
-
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
                  depth_net: dict[str, Any], depth_bins: list[float], bev_backbone: dict[str, Any],
                  bev_neck: dict[str, Any], head: dict[str, Any], frames: int = 1, depth_loss_weight: float = 3.0,
-                 depth_loss_kind: Literal["bce", "ce"] = "bce") -> None:
+                 depth_loss_kind: Literal["bce", "ce"] = "bce", radar: dict[str, Any] | None = None) -> None:
         super().__init__()
         if frames not in (1, 2):
             raise ValueError(f"CameraBEVDepth frames {frames} must be 1, or 2 for the previous keyframe as well")
@@ -82,14 +85,17 @@ class CameraBEVDepth(Detector):
         pv_channels = total_channels(image_neck["out_channels"])
         self.depth_net = DepthNet(pv_channels, bins=self.bins.count, **depth_net)
         lift_channels = depth_net["context_channels"]
-        self.bev_backbone = MODELS.build({**bev_backbone, "in_channels": lift_channels * frames})
+        self.radar = None if radar is None else RadarMap(self.grid, **radar)
+        self.sensors = ("images",) if self.radar is None else ("images", "radar")
+        fused_channels = lift_channels * frames + (0 if self.radar is None else self.radar.channels)
+        self.bev_backbone = MODELS.build({**bev_backbone, "in_channels": fused_channels})
         self.bev_neck = MODELS.build(bev_neck)
         neck_channels = total_channels(bev_neck["out_channels"])
         head = {"type": "GridCenterHead", **head, "grid": grid, "in_channels": neck_channels}
         self.head: GridCenterHead = MODELS.build(head)
         self.targets = self.head.targets
         self.tap_channels = {"pv": pv_channels, "depth": self.bins.count, "bev_lift": lift_channels,
-                             "bev_fused": lift_channels * frames, "bev_neck": neck_channels}
+                             "bev_fused": fused_channels, "bev_neck": neck_channels}
         if frames == 2:
             self.tap_channels["bev_prev"] = lift_channels
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
@@ -102,7 +108,10 @@ class CameraBEVDepth(Detector):
                              f"{batch.images.shape[1]}: set input.frames")
         current = self._lift(batch, 0)
         previous = self._lift_previous(batch) if self.frames == 2 else None
-        fused = current.bev if previous is None else torch.cat([current.bev, previous], dim=1)
+        maps = [current.bev] if previous is None else [current.bev, previous]
+        if self.radar is not None:
+            maps.append(self.radar(batch.radar))
+        fused = maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
         neck = first(self.bev_neck(self.bev_backbone(fused)))
         if neck.shape[-1] != self.grid.size:
             raise ValueError(f"CameraBEVDepth: the BEV neck's map has {neck.shape[-1]} cells a side, the grid "

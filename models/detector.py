@@ -36,6 +36,8 @@ class Batch(Protocol):
     """[B] bool."""
     points: list[Tensor]
     """Of [P, 5]: x, y, z, intensity, seconds into the past; augmented frame."""
+    radar: list[Tensor]
+    """Of [R, 7]: x, y, z, cross section in dBsm, vx and vy over ground, seconds into the past; augmented frame."""
     boxes: list[Tensor]
     """Of [M, 9]: x, y, z_bottom, length, width, height, yaw, vx, vy; augmented frame."""
     labels: list[Tensor]
@@ -75,6 +77,8 @@ class Detector(nn.Module, ABC):
     """Channels of the taps of this detector that are dense maps."""
     targets: TargetEncoder
     """How boxes become head targets on this detector's grid."""
+    truth_losses: tuple[str, ...] = ("heatmap", "box")
+    """Those of the losses that compare with the true boxes."""
 
     @abstractmethod
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
@@ -127,11 +131,12 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
         ValueError: if ``type`` is missing or not a detector of this project.
     """
     import models.camera
-    import models.lidar  # noqa: F401 (registers the detectors)
+    import models.lidar
+    import models.radar  # noqa: F401 (registers the detectors)
 
     name = config.get("type")
     if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
-        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint or CameraBEVDepth")
+        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint or CameraBEVDepth")
     detector = MODELS.build(copy.deepcopy(dict(config)))
     detector.init_weights()
     return detector

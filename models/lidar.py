@@ -1,130 +1,21 @@
-"""The LiDAR teacher: mmdet3d's CenterPoint, assembled from its registry.
-
-Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars after Lang et al., "PointPillars", CVPR 2019.
-"""
+"""The LiDAR teacher: mmdet3d's CenterPoint over LiDAR points."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Collection
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from mmcv.ops import Voxelization
 from mmdet3d.registry import MODELS
 from torch import Tensor
 
-import models.pillars  # noqa: F401 (registers its encoder)
-from models.center_head import GridCenterHead
-from models.detector import Batch, Detections, Detector, Prediction, head_map
-from models.grid import Grid
-
-POINT_FEATURES = 5
-"""x, y, z, intensity, seconds into the past."""
+from models.detector import Batch
+from models.points import PointCenterPoint
 
 
 @MODELS.register_module()
-class LidarCenterPoint(Detector):
-    """CenterPoint over pillars or voxels.
-
-    Args:
-        grid: keywords of :class:`~models.grid.Grid`, the head's grid.
-        voxel: ``size`` [x, y] of a pillar or [x, y, z] of a voxel in metres, ``max_points`` of one, ``max_voxels``
-            per sample (one number, or one for training and one for evaluation).
-        encoder: config of the voxel encoder; its sizes are filled in.
-        middle: config of the middle encoder: ``PointPillarsScatter`` (default) or ``SparseEncoder`` (needs spconv).
-        backbone: config of the BEV backbone on the middle encoder's map.
-        neck: config of the BEV neck, which must end on the head's grid.
-        head: config of the head; ``grid`` and ``in_channels`` are filled in.
-
-    Taps: ``bev_lift`` the middle encoder's map, max-pooled to the head's grid, zero where there is no voxel;
-    ``bev_neck`` the input of the head; ``head``.
-    """
+class LidarCenterPoint(PointCenterPoint):
+    """CenterPoint over LiDAR points: x, y, z, intensity, seconds into the past. Reads ``points`` only."""
 
     sensors = ("points",)
+    point_features = 5
 
-    def __init__(self, grid: dict[str, Any], voxel: dict[str, Any], encoder: dict[str, Any], backbone: dict[str, Any],
-                 neck: dict[str, Any], head: dict[str, Any], middle: dict[str, Any] | None = None) -> None:
-        super().__init__()
-        self.grid = Grid(**grid)
-        low, high = self.grid.z
-        size = [*voxel["size"], high - low] if len(voxel["size"]) == 2 else list(voxel["size"])
-        extent = self.grid.point_cloud_range
-        cells = [round((extent[i + 3] - extent[i]) / size[i]) for i in range(3)]
-        self.voxelize = Voxelization(size, extent, voxel["max_points"], voxel["max_voxels"])
-        middle = dict(middle or {"type": "PointPillarsScatter"})
-        if middle["type"] == "PointPillarsScatter":
-            encoder = {"in_channels": POINT_FEATURES, "voxel_size": size, "point_cloud_range": extent, **encoder}
-            middle = {"in_channels": encoder["feat_channels"][-1], "output_shape": cells[:2][::-1], **middle}
-        else:
-            require_spconv(middle["type"])
-            encoder = {"num_features": POINT_FEATURES, **encoder}
-            middle = {"in_channels": POINT_FEATURES, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
-                      **{key: as_tuples(value) for key, value in middle.items()}}
-        self.encoder = MODELS.build(encoder)
-        self.middle = MODELS.build(middle)
-        self.backbone = MODELS.build(backbone)
-        self.neck = MODELS.build(neck)
-        neck_channels = sum(neck["out_channels"])
-        head = {"type": "GridCenterHead", **head, "grid": grid, "in_channels": neck_channels}
-        self.head: GridCenterHead = MODELS.build(head)
-        self.targets = self.head.targets
-        self.tap_channels = {"bev_lift": backbone["in_channels"], "bev_neck": neck_channels}
-
-    def _voxels(self, points: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Voxels [V, max_points, 5], their coordinates [V, 4] (sample, z, y, x) and point counts [V]."""
-        parts = [self.voxelize(sample[:, :POINT_FEATURES].float().contiguous()) for sample in points]
-        coordinates = [F.pad(part[1], (1, 0), value=i) for i, part in enumerate(parts)]
-        return torch.cat([part[0] for part in parts]), torch.cat(coordinates), torch.cat([part[2] for part in parts])
-
-    def _lift(self, points: list[Tensor]) -> Tensor:
-        """The middle encoder's dense map [B, C, h, w] of point clouds."""
-        # Coordinates up to 50 m do not fit bfloat16 (0.25 m steps), so this part stays in float32 under autocast.
-        with torch.autocast(points[0].device.type, enabled=False):
-            voxels, coordinates, counts = self._voxels(points)
-            features = self.encoder(voxels, counts, coordinates)
-            return self.middle(features, coordinates, len(points))
-
-    def _to_head_grid(self, lifted: Tensor) -> Tensor:
-        """The map, max-pooled to the head's grid."""
-        factor, rest = divmod(lifted.shape[-1], self.grid.size)
-        if factor < 1 or rest:
-            raise ValueError(f"LidarCenterPoint: the middle encoder's map has {lifted.shape[-1]} cells a side, "
-                             f"the head {self.grid.size}: choose voxel.size so that the first is a multiple")
-        return F.max_pool2d(lifted, factor) if factor > 1 else lifted
-
-    def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
-        """See :class:`Detector`; reads ``points`` only."""
-        lifted = self._lift(batch.points)
-        neck = self.neck(self.backbone(lifted.contiguous(memory_format=torch.channels_last)))[0]
-        if neck.shape[-1] != self.grid.size:
-            raise ValueError(f"LidarCenterPoint: the neck's map has {neck.shape[-1]} cells a side, the head "
-                             f"{self.grid.size}: change the strides of backbone and neck, or voxel.size")
-        head = self.head(neck)
-        available = {
-            "bev_lift": lambda: self._to_head_grid(lifted),
-            "bev_neck": lambda: neck,
-            "head": lambda: head_map(head),
-        }
-        return Prediction(head, self.select_taps(available, taps))
-
-    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        """``heatmap`` and ``box``."""
-        return self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
-
-    def decode(self, prediction: Prediction) -> list[Detections]:
-        """Boxes of each sample, in the frame of the batch's points."""
-        return self.head.decode(prediction.head)
-
-
-def as_tuples(value: Any) -> Any:
-    """Lists, as YAML has them, as the tuples that SparseEncoder insists on."""
-    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def require_spconv(name: str) -> None:
-    """Fail with the package to install where sparse convolutions are missing."""
-    if importlib.util.find_spec("spconv") is None:
-        raise ModuleNotFoundError(f"LidarCenterPoint: the middle encoder {name} needs sparse convolutions: "
-                                  "pip install spconv (CPU) or spconv-cu126 (CUDA 12), or use pillars")
+    def points(self, batch: Batch) -> list[Tensor]:
+        """The batch's LiDAR points."""
+        return batch.points

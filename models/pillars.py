@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
@@ -55,5 +56,16 @@ class PointwisePillarNet(BaseModule):
         points, pillar = voxels[exists], exists.nonzero()[:, 0]
         xyz = points[:, :3]
         decorated = torch.cat([points, xyz - mean[pillar], xyz - center[pillar]], dim=1) / self.scale
-        features = self.norm(self.linear(decorated)).relu()
+        features = self._normalised(self.linear(decorated)).relu()
         return torch.segment_reduce(features, "max", lengths=counts.long(), unsafe=True)
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        """Features [P, C] after the norm; with fewer than two points, whose variance nothing tells, by its averages.
+
+        RADAR may return nothing for a whole batch. SyncBatchNorm counts the points of all ranks, this rank must take
+        part in it.
+        """
+        norm = self.norm
+        if not (isinstance(norm, nn.BatchNorm1d) and norm.training and len(features) < 2):
+            return norm(features)
+        return F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)

@@ -77,11 +77,40 @@ def profile(name: Annotated[str | None, typer.Argument(help="A file in profiles/
 
 
 @app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="A file in studies/, without .yaml.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Instead of the one that the study names.")] = None,
+) -> None:
+    """Lay a study (docs/studies.md) over params.yaml; without a name, list the studies."""
+    from pipeline import studies
+
+    root = prepare()
+    if name is None:
+        print("\n".join(f"{name}: {studies.read_study(name, root).about}" for name in studies.available(root)))
+        return
+    params = studies.apply_study(name, root, profile)
+    print(f"params.yaml: study {name}, profile {params.profile}")
+
+
+@app.command()
 def report() -> None:
     """Build the report from reports/metrics again."""
     from pipeline.stage import run_stage
 
     _leave(run_stage("report", None))
+
+
+@app.command("import-segmenter")
+def import_segmenter(
+    file: Annotated[Path, typer.Argument(help="Weights: .safetensors, or a checkpoint of mmdet (.pth).")],
+    name: Annotated[str, typer.Option(help="Of the folder in imported/ and of the entry of params.yaml.")],
+    config: Annotated[Path, typer.Option(help="With model and classes: .yaml, .json, or a .py of mmdet.")],
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Read .pth and .py: they can run code.")] = False,
+) -> None:
+    """Take over an instance segmenter that was trained elsewhere; prints what params.yaml needs."""
+    options = {"file": file.absolute(), "name": name, "config": config.absolute(), "trust_pickle": trust_pickle}
+    root = prepare()
+    _leave(importlib.import_module("stages.import_segmenter").run(root, **options))
 
 
 @app.command()

@@ -19,6 +19,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Size = tuple[Count, Count]
 Range = tuple[float, float]
+EXACT_TAPS = ("boxes", "inst2d")  # ragged, stored as they are
 COARSEST_STRIDE = 32  # pixels per cell of an image backbone's last stage
 
 
@@ -33,8 +34,22 @@ class Section(BaseModel):
 
 
 class SplitParams(Section):
-    """The devkit's names of the two splits."""
+    """The devkit's splits, or parts of them: `train[:-16]` are all but the last 16 scenes in order of name."""
 
+    train: str  # of teachers and stores
+    students: str | None = None  # a part of train that students learn from; None: all of it
+    val: str
+
+    @property
+    def of_students(self) -> str:
+        """The split that students learn from."""
+        return self.students or self.train
+
+
+class InstancesParams(Section):
+    """2D instances of camera images, nuImages-style COCO JSON; its file names are relative to `root`."""
+
+    root: str
     train: str
     val: str
 
@@ -46,6 +61,7 @@ class DataParams(Section):
     dataroot: str
     version: Literal["v1.0-mini", "v1.0-trainval", "v1.0-test"]
     splits: SplitParams
+    instances: InstancesParams | None = None  # needed where segmenters are trained or evaluated
     skip_broken: int = Field(0, ge=0)
 
     @property
@@ -141,18 +157,57 @@ class TrainConfig(Section):
     grad_clip: float = Field(0.0, ge=0.0)  # largest gradient norm; 0 = no clipping
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0)  # 0 = off
-    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    schedule: Literal["one_cycle", "cosine", "multi_step"] = "one_cycle"
+    milestones: list[Fraction] = []  # multi_step: shares of the training after each of which the rate falls to a tenth
+    balanced: bool = False  # class-balanced resampling of the keyframes (CBGS)
     accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
     checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
     log_every: Count = 10  # steps
     workers: int | None = Field(None, ge=0)  # loader processes; none given: 1, or one per core up to 8 beside a GPU
 
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> Self:
+        if (self.schedule == "multi_step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones {self.milestones} with schedule {self.schedule!r}: multi_step, and it alone, needs them"
+            )
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {self.milestones} must ascend")
+        return self
+
 
 class TeacherParams(Section):
-    """A teacher: its model and its training."""
+    """A teacher of 3D boxes, or a student that trains alone for others to start from: its model and its training."""
 
+    split: str | None = None  # what it learns from; None: data.splits.train
     model: dict[str, Any]
     train: TrainConfig
+
+
+class ImportParams(Section):
+    """Weights that are not made by this pipeline."""
+
+    folder: str  # relative to the root, with model.safetensors
+    checksum: str  # xxh3-128 of that file
+
+
+class SegmenterParams(Section):
+    """An instance segmentation teacher: an mmdet model that is trained on `data.instances`, imported, or both."""
+
+    image: Size  # height, width of its input; the raw image is scaled to that width
+    classes: list[str] | None = None  # of its outputs in order; None: the ten detection classes
+    class_map: dict[str, str] = {}  # of them -> detection class, where the names differ; what is in neither is dropped
+    start: ImportParams | None = None
+    model: dict[str, Any]
+    train: TrainConfig | None = None  # None: `start` is used as it is
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        if self.start is None and self.train is None:
+            raise ValueError("train and start are both null: give settings of a training, or imported weights")
+        if any(side % COARSEST_STRIDE for side in self.image):
+            raise ValueError(f"image {list(self.image)} must be multiples of {COARSEST_STRIDE}")
+        return self
 
 
 class TapParams(Section):
@@ -194,17 +249,16 @@ class StoreParams(Section):
         return self
 
 
-class StartParams(Section):
-    """Published weights that a student starts from."""
+class TeacherStart(Section):
+    """A student starts from an entry of `teachers` with the same model."""
 
-    folder: str  # of a published student of the same model, relative to the root
-    checksum: str  # xxh3-128 of its model.safetensors
+    teacher: str
 
 
 class StudentParams(Section):
     """A student: its model and its training."""
 
-    start: StartParams | None = None
+    start: TeacherStart | ImportParams | None = None
     model: dict[str, Any]
     train: TrainConfig
 
@@ -216,6 +270,8 @@ class VariantParams(Section):
     terms: dict[str, dict[str, Any]]
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    truth: bool = True  # False: no losses against boxes of the ground truth, the teachers' only
+    row: str | None = None  # of a paper's table that this variant reproduces
 
 
 class StorageParams(Section):
@@ -230,9 +286,11 @@ class StudyParams(Section):
     """What one report compares."""
 
     teachers: list[str]
+    segmenters: list[str] = []
     stores: list[str]
     variants: list[str]
     seeds: list[int]
+    search: str | None = None  # studies/results/<search>.json: how the weights of the terms were chosen
 
 
 class EvaluateParams(Section):
@@ -254,6 +312,7 @@ class Params(Section):
     input: InputParams
     grid: GridParams
     teachers: dict[str, TeacherParams]
+    segmenters: dict[str, SegmenterParams] = {}
     stores: dict[str, StoreParams]
     store: StorageParams
     students: dict[str, StudentParams]
@@ -284,10 +343,17 @@ class Params(Section):
     def _unknown_names(self) -> Iterable[str]:
         checks: list[tuple[str, list[str], Mapping[str, Any]]] = [
             ("study.teachers", self.study.teachers, self.teachers),
+            ("study.segmenters", self.study.segmenters, self.segmenters),
             ("study.stores", self.study.stores, self.stores),
             ("study.variants", self.study.variants, self.variants),
         ]
-        checks += [(f"stores.{name}.teacher", [s.teacher], self.teachers) for name, s in self.stores.items()]
+        sources = {**self.teachers, **self.segmenters}
+        checks += [(f"stores.{name}.teacher", [s.teacher], sources) for name, s in self.stores.items()]
+        checks += [
+            (f"students.{name}.start.teacher", [student.start.teacher], self.teachers)
+            for name, student in self.students.items()
+            if isinstance(student.start, TeacherStart)
+        ]
         checks += [(f"variants.{name}.student", [v.student], self.students) for name, v in self.variants.items()]
         for where, names, known in checks:
             for name in names:
@@ -295,6 +361,10 @@ class Params(Section):
                     yield f"{where}: {name!r} is unknown{_suggest(name, known)}"
             for name in sorted({name for name in names if names.count(name) > 1}):
                 yield f"{where}: {name!r} is listed more than once"
+        if self.study.segmenters and self.data.instances is None:
+            yield f"data.instances: missing, and study.segmenters {self.study.segmenters} need it"
+        for name in sorted(self.teachers.keys() & self.segmenters.keys()):
+            yield f"segmenters.{name}: teachers has the same name, and both are published in outputs/teachers"
         if len(set(self.study.seeds)) < len(self.study.seeds):
             yield f"study.seeds: {self.study.seeds} lists a seed more than once"
 
@@ -307,22 +377,40 @@ class Params(Section):
                         f"stores.{name}.taps.{tap}.halo: {settings.halo} m are {cells:g} cells of grid.cell "
                         f"{self.grid.cell} m: a whole number is needed"
                     )
+            if (store.teacher in self.segmenters) != ("inst2d" in store.taps) and store.taps:
+                yield (
+                    f"stores.{name}.taps: {', '.join(store.taps)}: a segmenter has the tap inst2d and no other, "
+                    "other teachers have no inst2d"
+                )
             if name not in self.study.stores:
                 continue
             if not store.cached:
                 yield f"study.stores: all taps of {name!r} are online, so there is nothing to extract: leave it out"
-            if store.teacher not in self.study.teachers:
-                yield f"study.stores: {name!r} needs teacher {store.teacher!r} in study.teachers {self.study.teachers}"
+            section = "segmenters" if store.teacher in self.segmenters else "teachers"
+            listed = getattr(self.study, section)
+            if store.teacher not in listed:
+                yield f"study.stores: {name!r} needs teacher {store.teacher!r} in study.{section} {listed}"
 
     def _bad_variants(self) -> Iterable[str]:
         for name, variant in self.variants.items():
             for term, config in variant.terms.items():
                 yield from self._bad_teacher_tap(f"variants.{name}.terms.{term}.teacher", config, name)
+            if name in self.study.variants:
+                yield from self._missing_start(name)
             if variant.student in self.students:
                 try:
                     self.student(name)
                 except ValidationError as error:
                     yield from (f"variants.{name}.{problem}" for problem in _problems(error, StudentParams))
+
+    def _missing_start(self, variant: str) -> Iterable[str]:
+        student = self.students.get(self.variants[variant].student)
+        start = student.start if student else None
+        if isinstance(start, TeacherStart) and start.teacher not in self.study.teachers:
+            yield (
+                f"variants.{variant}: its student starts from teacher {start.teacher!r}, "
+                f"which study.teachers {self.study.teachers} lacks"
+            )
 
     def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
         source = term.get("teacher")
@@ -405,12 +493,14 @@ def split_key(key: str) -> tuple[str, int]:
 def _bad_tap(name: str, tap: TapParams) -> Iterable[str]:
     """Why a tap cannot be served as it is asked for."""
     allowed: tuple[str, ...] = ("cached-exact", "online") if name == "boxes" else ("cached-warp", "online")
+    if name == "inst2d":
+        allowed = ("cached-exact",)
     if name == "head":  # offsets, yaw and velocity depend on the frame, so a warp would falsify them
         allowed = ("online",)
     if tap.serve not in allowed:
         yield f"serve {tap.serve!r} is not possible for {name}; allowed: {', '.join(allowed)}"
-    if name == "boxes" and (given := sorted(tap.model_fields_set - {"serve"})):
-        yield f"boxes are stored exactly and take no {', '.join(given)}: leave it out"
+    if name in EXACT_TAPS and (given := sorted(tap.model_fields_set - {"serve"})):
+        yield f"{name} is stored exactly and takes no {', '.join(given)}: leave it out"
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:

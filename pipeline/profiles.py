@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ruamel.yaml import YAML, YAMLError
@@ -37,21 +37,41 @@ def available(root: Path) -> list[str]:
 
 def apply_profile(name: str, root: Path) -> Params:
     """Lay profiles/<name>.yaml over params.yaml; returns the checked result. params.yaml is untouched when it fails."""
+    return apply_overlays([profile_overlay(name, root)], root, f"profile {name}")
+
+
+def profile_overlay(name: str, root: Path) -> tuple[str, str]:
+    """What a profile sets, its own name among it, as text; and the file's name for messages."""
     path = root / "profiles" / f"{name}.yaml"
     if not path.is_file():
         raise ProfileError(f"profile {name!r} is unknown; allowed: {', '.join(available(root)) or 'nothing'}")
-    target = root / "params.yaml"
-    text = f"profile: {name}\n{path.read_text()}"
-    draft = root / "params.yaml.tmp"
+    return f"profile: {name}\n{path.read_text()}", f"profiles/{name}.yaml"
+
+
+def apply_overlays(overlays: Sequence[tuple[str, str]], root: Path, what: str) -> Params:
+    """Lay overlays (text, name) over params.yaml one after another; returns the checked result.
+
+    params.yaml is untouched when it fails; `what` begins the message then.
+    """
+    target, draft = root / "params.yaml", root / "params.yaml.tmp"
     try:
-        draft.write_text(lay_over(target.read_text(), text, f"profiles/{name}.yaml"))
+        text = target.read_text()
+        for overlay, name in overlays:
+            text = lay_over(text, overlay, name)
+        draft.write_text(text)
         params = load_params(draft)
         os.replace(draft, target)
     except ParamsError as error:
-        raise ProfileError(f"profile {name}: {str(error).replace(draft.name, target.name)}") from None
+        raise ProfileError(f"{what}: {str(error).replace(draft.name, target.name)}") from None
     finally:
         draft.unlink(missing_ok=True)
     return params
+
+
+def section(text: str, name: str) -> str:
+    """What stands behind the colon of a section of a YAML file, tags and comments kept."""
+    key, value = next((key, value) for key, value in YAML().compose(text).value if key.value == name)
+    return text[key.end_mark.index + 1 : _end(value, key, text)]
 
 
 def lay_over(base: str, overlay: str, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,47 @@ class Key(NamedTuple):
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation [length] of the dataset in an epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+    return _generator(seed, epoch).permutation(length)
+
+
+class ClassBalance:
+    """Class-balanced resampling (CBGS; Zhu et al., "Class-balanced Grouping and Sampling", 2019, section 3.1).
+
+    An epoch draws equally often for every class, with replacement, from the samples that hold it; it is as long as the
+    number of (sample, class) pairs. A sample without objects is never drawn. The numbers are those of mmdet3d's
+    CBGSDataset, which draws once for all epochs; here every epoch draws anew.
+    """
+
+    def __init__(self, classes: Sequence[Iterable[int]]) -> None:
+        """Sort the samples by class.
+
+        Args:
+            classes: labels of each sample's objects, in any order; repeated ones count once.
+
+        Raises:
+            ValueError: no sample has a class.
+        """
+        labels = [sorted(set(found)) for found in classes]
+        sample = np.repeat(np.arange(len(labels)), [len(found) for found in labels])
+        label = np.array([one for found in labels for one in found], np.int64)
+        self.members = [sample[label == present] for present in np.unique(label)]
+        if not self.members:
+            raise ValueError(f"none of {len(labels)} samples holds an object: class-balanced resampling has no classes")
+        self.draws_per_class = len(sample) // len(self.members)
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return self.draws_per_class * len(self.members)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Samples [len(self)] of an epoch in the order in which they are shown."""
+        generator = _generator(seed, epoch)
+        drawn = [generator.choice(members, self.draws_per_class) for members in self.members]
+        return generator.permutation(np.concatenate(drawn))
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
 
 
 class StepBatches(Sampler[list[Key]]):
@@ -48,15 +88,19 @@ class StepBatches(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        balance: ClassBalance | None = None,
     ) -> None:
         if batch_size % (world * accumulate):
             raise ValueError(
                 f"batch_size {batch_size} does not divide into {world} processes x {accumulate} accumulated parts: "
                 f"choose a multiple of {world * accumulate}"
             )
+        if balance is not None:
+            length = len(balance)
         if length < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the dataset of {length} samples")
         self.length, self.batch_size, self.seed, self.first = length, batch_size, seed, first
+        self.balance = balance
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.steps_per_epoch = length // batch_size
         self.total_steps = epochs * self.steps_per_epoch
@@ -71,11 +115,16 @@ class StepBatches(Sampler[list[Key]]):
         for step in range(self.first, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step == self.first or step_in_epoch == 0:
-                order = epoch_order(self.length, self.seed, epoch)
+                order = self._order(epoch)
             start = step_in_epoch * self.batch_size + self.rank * part * self.accumulate
             for micro in range(self.accumulate):
                 positions = range(start + micro * part, start + (micro + 1) * part)
                 yield [Key(epoch, position, int(order[position])) for position in positions]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.balance is not None:
+            return self.balance.order(self.seed, epoch)
+        return epoch_order(self.length, self.seed, epoch)
 
 
 class KeyedDataset(Dataset[Any]):

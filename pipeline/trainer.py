@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
@@ -29,7 +29,7 @@ from pipeline.environment import cores
 from pipeline.errors import PipelineError
 from pipeline.launch import PREEMPTED
 from pipeline.progress import ProgressBar
-from pipeline.sampler import KeyedDataset, StepBatches, start_worker
+from pipeline.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
 from pipeline.schedule import learning_rate
 from pipeline.seeding import STEP, make_deterministic, seed_everything
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RUNTIME = {"checkpoint_minutes", "workers", "log_every"}  # settings that do not change the result
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which the ranks of a dead rank end too
+WATCHED = "watch/"  # names of a task's values that start so are logged and not minimised
 SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed training counts as diverged
 
 
@@ -51,7 +52,10 @@ class Task(Protocol):
         ...
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
-        """Weighted loss terms (scalars, to be summed; the same names every step); `progress` is in [0, 1)."""
+        """Weighted loss terms (scalars, to be summed); `progress` is in [0, 1).
+
+        Names that start with WATCHED are logged beside them and are no part of the loss. The same names every step.
+        """
         ...
 
 
@@ -105,6 +109,7 @@ def train(
     tracker: Tracker,
     stop: Callable[[], bool] = lambda: False,
     label: str = "train",
+    classes: Callable[[], Sequence[Iterable[int]]] | None = None,
 ) -> dict[str, Tensor]:
     """Train to the end, from the newest checkpoint in `scratch` if there is one.
 
@@ -118,6 +123,7 @@ def train(
         tracker: gets the curves, from rank 0.
         stop: asked after every step; when it answers True the state is saved and Preempted raised.
         label: name in the progress bar.
+        classes: of the objects of each sample, by its index; asked for where `config.balanced`.
 
     Returns:
         Averaged state (EMA) of `task.module` on the CPU; with `ema_decay` 0 the last one.
@@ -126,8 +132,19 @@ def train(
         Preempted: after `stop`.
         NonFiniteError: a loss or gradient is NaN or infinite.
         CheckpointError: the checkpoint in `scratch` belongs to another configuration or number of processes.
+        PipelineError: `config.balanced` without `classes`.
     """
-    return Trainer(task, dataset, collate, config, seed, scratch, tracker, stop, label).fit()
+    balance = class_balance(classes, label) if config.balanced else None
+    return Trainer(task, dataset, collate, config, seed, scratch, tracker, stop, label, balance).fit()
+
+
+def class_balance(classes: Callable[[], Sequence[Iterable[int]]] | None, label: str) -> ClassBalance:
+    """The resampling of `train.balanced`. Raises PipelineError where the samples have no classes."""
+    if classes is None:
+        raise PipelineError(
+            f"{label}: train.balanced needs samples with classes, which these have not: set it to false"
+        )
+    return ClassBalance(classes())
 
 
 def make_fabric(precision: Any) -> Fabric:
@@ -144,12 +161,24 @@ def make_fabric(precision: Any) -> Fabric:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels; none on biases, norms and other vectors."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    """Weight decay on matrices and kernels; none on biases, norms and other vectors.
+
+    A module with the attribute `weight_decay = False` has none at all.
+    """
+    free = {p for part in module.modules() if getattr(part, "weight_decay", True) is False for p in part.parameters()}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and parameter not in free].append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def minimised(names: Iterable[str]) -> list[str]:
+    """Of the names that a task's loss returns those that are summed into the loss."""
+    return [name for name in names if not name.startswith(WATCHED)]
 
 
 class CopiedAhead(Iterator[Any]):
@@ -200,20 +229,22 @@ class Trainer:
         tracker: Tracker,
         stop: Callable[[], bool],
         label: str,
+        balance: ClassBalance | None,
     ) -> None:
         make_deterministic()
         self.fabric = make_fabric(config.precision)
         self.fabric.launch()
         self.config, self.seed, self.scratch, self.tracker = config, seed, scratch, tracker
         self.stop, self.label = stop, label
-        self.dataset, self.collate = dataset, collate
+        self.dataset, self.collate, self.balance = dataset, collate, balance
         self.module = self.fabric.to_device(task.module).train()
         self.loss, self.optimizer = self.fabric.setup(_Loss(task), self._make_optimizer())
         self.ema = EMA(self.module, config.ema_decay)
         self.checkpoints = Checkpoints(scratch / "checkpoints")
         self.step = 0
         self.skipped = 0  # 16-mixed: steps in a row that the loss scaler skipped
-        self.total = self._batches().total_steps
+        batches = self._batches()
+        self.total, self.samples_per_epoch = batches.total_steps, batches.length
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.module, self.config.weight_decay)
@@ -245,11 +276,12 @@ class Trainer:
     def _one_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimiser step; returns its metrics, averaged over the ranks."""
         started = time.perf_counter()
-        rate = learning_rate(self.step, self.total, self.config.lr, self.config.warmup, self.config.schedule)
+        config = self.config
+        rate = learning_rate(self.step, self.total, config.lr, config.warmup, config.schedule, config.milestones)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         terms, tokens, waited = self._accumulate_gradients(batches)
-        limit = self.config.grad_clip or math.inf
+        limit = config.grad_clip or math.inf
         norm = self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=limit, error_if_nonfinite=False)
         metrics = self._read(terms, norm, tokens)
         self.optimizer.step()
@@ -273,7 +305,7 @@ class Trainer:
             skip_sync = part < parts - 1 and self.fabric.world_size > 1
             with self.fabric.no_backward_sync(self.loss, enabled=skip_sync):
                 terms = self.loss(_Opaque(batch), self.step / self.total)
-                self.fabric.backward(torch.stack(list(terms.values())).sum() / parts)
+                self.fabric.backward(torch.stack([terms[name] for name in minimised(terms)]).sum() / parts)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / parts
         return sums, tokens, waited
@@ -287,10 +319,10 @@ class Trainer:
         stop = torch.tensor([float(self.stop())], device=values.device)
         reduced = cast(Tensor, self.fabric.all_reduce(torch.cat([values, stop]), reduce_op="mean"))
         metrics = dict(zip([*names, "stop"], reduced.tolist(), strict=True))
-        return {"loss": sum(metrics[name] for name in terms)} | metrics
+        return {"loss": sum(metrics[name] for name in minimised(terms))} | metrics
 
     def _check_finite(self, values: dict[str, float], tokens: list[str]) -> None:
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        wrong = [name for name in minimised(values) if not math.isfinite(values[name])]
         scaled = self.config.precision == "16-mixed"
         self.skipped = self.skipped + 1 if wrong == ["grad_norm"] and scaled else 0
         if not wrong or 0 < self.skipped <= SKIPS_IN_A_ROW:
@@ -308,7 +340,7 @@ class Trainer:
         bar.advance(f"loss {metrics['loss']:.4g}  {rate:.1f} samples/s  waiting {metrics['data_wait_s']:.2f} s/step")
         if self.fabric.is_global_zero and (self.step % self.config.log_every == 0 or self.step == self.total):
             curves = {f"train/{name}": value for name, value in metrics.items() if name != "stop"}
-            epoch = self.step * self.config.batch_size / len(self.dataset)  # type: ignore[arg-type]
+            epoch = self.step * self.config.batch_size / self.samples_per_epoch
             self.tracker.log_metrics(curves | {"train/samples_per_s": rate, "epoch": epoch}, self.step)
 
     def _batches(self) -> StepBatches:
@@ -321,6 +353,7 @@ class Trainer:
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
             accumulate=self.config.accumulate,
+            balance=self.balance,
         )
 
     def _feed(self) -> Iterator[Any]:

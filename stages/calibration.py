@@ -10,16 +10,15 @@ from numpy.typing import NDArray
 
 from data.store import Calibration, TapSpec
 from pipeline.params import StoreParams
-from stages.frozen import KEEP, FrozenTeacher, Outputs
+from stages.frozen import KEEP, Frozen, Outputs
 from stages.identity import encoding
 
 
-def tap_specs(teacher: FrozenTeacher, store: StoreParams, sample: Outputs) -> dict[str, TapSpec]:
+def tap_specs(teacher: Frozen, store: StoreParams, sample: Outputs) -> dict[str, TapSpec]:
     """Types and shapes of the cached taps, from one sample."""
+    exact = {"boxes": TapSpec.boxes(), "inst2d": TapSpec.instances()}
     return {
-        name: TapSpec.boxes()
-        if name == "boxes"
-        else TapSpec.dense(sample[name].shape, encoding(tap), teacher.extent(name))
+        name: exact.get(name) or TapSpec.dense(sample[name].shape, encoding(tap), teacher.extent(name))
         for name, tap in store.cached.items()
     }
 

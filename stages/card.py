@@ -19,7 +19,7 @@ from data.dataset import GridConfig
 from data.store import Store
 from pipeline.params import Params
 from stages.calibration import rounded
-from stages.frozen import BATCH, FrozenTeacher, View, evenly
+from stages.frozen import BATCH, Frozen, FrozenTeacher, View, evenly
 from stages.inputs import grown_grid, plain_dataset
 from stages.serving import serve_maps
 
@@ -33,6 +33,7 @@ PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
     "scale 0.95": {"scale": 0.95},
     "scale 1.05": {"scale": 1.05},
 }
+EXACT: Final = {"boxes": "float32", "inst2d": "run lengths of masks"}  # how what is kept exactly is kept
 MARGIN: Final = 0.1  # beyond what the strongest of them needs
 
 
@@ -52,7 +53,7 @@ def make_card(
     taps: dict[str, Any] = {}
     for tap, spec in store.taps.items():
         stored = store.bytes(tap)
-        taps[tap] = {"serve": settings.taps[tap].serve, "encoding": "float32" if spec.ragged else str(spec.encoding)}
+        taps[tap] = {"serve": settings.taps[tap].serve, "encoding": str(spec.encoding or EXACT[tap])}
         taps[tap] |= {"bytes": stored, "bytes_per_sample": rounded(stored / samples)}
         if not spec.ragged:
             height, width, _ = spec.map_shape
@@ -62,7 +63,7 @@ def make_card(
     return {"store": name, "teacher": settings.teacher, "samples": samples, "split": split, "taps": taps}
 
 
-def measure_gaps(root: Path, params: Params, teacher: FrozenTeacher, store: Store) -> dict[str, dict[str, float]]:
+def measure_gaps(root: Path, params: Params, teacher: Frozen, store: Store) -> dict[str, dict[str, float]]:
     """Mean |served - rerun| / mean |rerun| of each dense tap and augmentation, over the cells that are served.
 
     Served: read from the store, warped and expanded as a student gets it. Rerun: the teacher on augmented input.
@@ -76,7 +77,7 @@ def measure_gaps(root: Path, params: Params, teacher: FrozenTeacher, store: Stor
     """
     dense = [tap for tap, spec in store.taps.items() if not spec.ragged]
     rows = evenly(params.store.gap_samples, len(store))
-    if not dense or not rows:
+    if not isinstance(teacher, FrozenTeacher) or not dense or not rows:
         return {}
     view = _wide_view(root, params, teacher, dense)
     sums = {tap: {name: np.zeros(2) for name in PROBES} for tap in dense}

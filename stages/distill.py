@@ -13,14 +13,15 @@ from torch.utils.data import Dataset
 
 from data.batch import collate
 from data.blobs import BlobError
+from data.dataset import NuScenesDataset
 from data.store import Store, StoreError
 from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
-from pipeline.params import split_key
+from pipeline.params import ImportParams, TeacherStart, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import train
+from pipeline.trainer import WATCHED, train
 from stages.frozen import evenly
 from stages.identity import store_identity
 from stages.inputs import plain_dataset, training_dataset
@@ -33,23 +34,32 @@ logger = logging.getLogger(__name__)
 class Distillation:
     """A student with the losses against the truth and those of its recipe."""
 
-    def __init__(self, student: Detector, recipe: Recipe, sources: Callable[[Any], dict[str, Any]]) -> None:
+    def __init__(
+        self, student: Detector, recipe: Recipe, sources: Callable[[Any], dict[str, Any]], truth: bool = True
+    ) -> None:
         """Keep the parts.
 
         Args:
             student: what is exported.
             recipe: what trains beside it.
             sources: makes of a batch the teacher outputs that the recipe reads; nothing of it trains.
+            truth: whether the student learns from the true boxes too.
         """
         self.student, self.recipe, self.sources = student, recipe, sources
+        self.unused = set() if truth else set(student.truth_losses)
         self.module = nn.ModuleDict({"student": student, "recipe": recipe})
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
-        """The student's own losses, and `distill/<term>` for each term."""
+        """The student's own losses, `distill/<term>` for each term, and what terms watch."""
         prediction = self.student(batch, self.recipe.student_taps)
         losses = self.student.loss(prediction, batch)
+        losses = {name: value for name, value in losses.items() if name not in self.unused}
         terms = self.recipe(prediction, self.sources(batch), batch, progress)
-        return losses | {f"distill/{name}": value for name, value in terms.items()}
+        return losses | {_curve(name): value for name, value in terms.items()}
+
+
+def _curve(name: str) -> str:
+    return name if name.startswith(WATCHED) else f"distill/{name}"
 
 
 def run(context: StageContext) -> None:
@@ -57,19 +67,21 @@ def run(context: StageContext) -> None:
     variant, seed = split_key(context.key or "")
     if variant not in context.params.variants:
         raise StageError(f"variant {variant!r}: params.yaml has {', '.join(context.params.variants)}")
-    settings = context.params.student(variant)
+    settings, truth = context.params.student(variant), context.params.variants[variant].truth
     try:
         terms = {name: TermConfig(**term) for name, term in context.params.variants[variant].terms.items()}
+        if not truth and all(term.student != "head" for term in terms.values()):
+            raise StageError(f"variant {variant!r}: with truth false its head needs a term to learn from")
         sources = open_sources(context, terms)
         statistics = tap_statistics(context, sources)
         # The student comes first and from its own seed: all variants of a seed start from the same weights.
         seed_everything(MODEL, seed)
         student = build_detector(settings.model)
-        if settings.start:
-            start_from(student, context.root / settings.start.folder, settings.start.checksum)
+        start_as_set(context, student, settings.start)
         seed_everything(RECIPE, seed)
-        task = Distillation(student, make_recipe(student, terms, statistics), sources)
-        dataset, collate_batch = taught_dataset(context, student, task.recipe, sources, seed)
+        task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
+        samples = samples_of(context, student, sources, seed)
+        dataset, collate_batch = taught(samples, task.recipe, sources)
         weights = train(
             task,
             dataset,
@@ -80,6 +92,7 @@ def run(context: StageContext) -> None:
             tracker=context.tracker,
             stop=context.stop.is_set,
             label=context.spec.address,
+            classes=samples.classes,
         )
     except (StoreError, BlobError, ValidationError) as error:
         raise StageError(str(error)) from error
@@ -87,6 +100,14 @@ def run(context: StageContext) -> None:
         exported = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
         save_detector(context.scratch / "model", settings.model, exported)
     context.publish(context.scratch / "model", f"outputs/students/{context.key}")
+
+
+def start_as_set(context: StageContext, student: Detector, start: TeacherStart | ImportParams | None) -> None:
+    """Give a student the weights that it starts from, if it has any."""
+    if isinstance(start, TeacherStart):
+        start_from(student, context.root / f"outputs/teachers/{start.teacher}", None)
+    elif start is not None:
+        start_from(student, context.root / start.folder, start.checksum)
 
 
 def open_sources(context: StageContext, terms: Mapping[str, TermConfig]) -> Sources:
@@ -152,18 +173,21 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: 
     """The recipe of the terms, with the widths of the teachers' dense taps out of their statistics."""
     channels = {name: len(std) for name, std in statistics.items()}
     try:
-        return Recipe(terms, student.targets, student.tap_channels, channels, statistics)
+        stride = getattr(student, "stride", None)  # of students that read images
+        return Recipe(terms, student.targets, student.tap_channels, channels, statistics, stride=stride)
     except ValueError as error:
         raise StageError(str(error)) from error
 
 
-def taught_dataset(
-    context: StageContext, student: Detector, recipe: Recipe, sources: Sources, seed: int
-) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-    """The student's training data with the cached taps that the recipe asks for, and its collate."""
-    dataset = training_dataset(context.root, context.params, student, seed)
-    # Online teachers read the student's own samples.
+def samples_of(context: StageContext, student: Detector, sources: Sources, seed: int) -> NuScenesDataset:
+    """The student's training data, with what online teachers read of the same samples."""
+    dataset = training_dataset(context.root, context.params, student, seed, context.params.data.splits.of_students)
     dataset.modalities |= sources.sensors
+    return dataset
+
+
+def taught(samples: NuScenesDataset, recipe: Recipe, sources: Sources) -> tuple[Dataset[Any], Callable[[Any], Any]]:
+    """Samples with the cached taps that the recipe asks for, and their collate."""
     if not sources.stores:
-        return dataset, collate
-    return TaughtDataset(dataset, sources.stores, sources.cached(recipe.teacher_taps)), collate_taught
+        return samples, collate
+    return TaughtDataset(samples, sources.stores, sources.cached(recipe.teacher_taps)), collate_taught

@@ -40,7 +40,7 @@ from pipeline.stage import StageContext, StageError
 from pipeline.trainer import Preempted
 from stages.calibration import calibrate, errors, tap_specs
 from stages.card import make_card, measure_gaps, metrics, table
-from stages.frozen import FrozenTeacher, Outputs, evenly
+from stages.frozen import Outputs, evenly, freeze
 from stages.identity import store_identity
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Extraction:
         self.root, self.params = context.root, context.params
         self.settings = self.params.stores[name]
         folder = self.root / f"outputs/teachers/{self.settings.teacher}"
-        self.teacher = FrozenTeacher(self.root, self.params, self.settings, folder, context.device)
+        self.teacher = freeze(self.root, self.params, self.settings, folder, context.device)
         self.tokens = self.teacher.tokens
         self.identity = store_identity(self.root, self.params, name)
         self.made, self.kept = context.scratch / BUILD, context.scratch / KEPT

@@ -1,4 +1,4 @@
-"""A frozen teacher as a function from samples to the arrays that a store holds."""
+"""Frozen teachers as functions from samples to the arrays that a store holds: detectors, and segmenters of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader
 
 from data.batch import Batch, collate
 from data.dataset import NuScenesDataset
+from data.instances import StoredInstances, pack
 from models.detector import Detector, build_detector
 from models.pillars import PointwisePillarNet
 from pipeline.environment import cores
 from pipeline.params import Params, StoreParams
 from pipeline.stage import StageError
-from stages.inputs import grown_grid, plain_dataset
+from stages.inputs import camera_dataset, grown_grid, plain_dataset
+from stages.instances import InstanceFinder
 from stages.serving import box_rows
 from stages.weights import CONFIG, load_detector
 
@@ -29,6 +31,43 @@ FOREGROUND: Final = 0.01  # of the ground truth's Gaussians, above which a cell 
 KEEP: Final = ".keep"  # behind a tap's name: bool [H, W], the cells that are to be stored
 
 Outputs = dict[str, NDArray[Any]]
+
+
+class Frozen(Protocol):
+    """A frozen teacher and the cached taps of a store for any samples of the training split, not augmented."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """Sample tokens by row."""
+        ...
+
+    def extent(self, tap: str) -> float:
+        """Half the side of a dense tap's map in metres, halo included."""
+        ...
+
+    def stream(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Outputs]]:
+        """Token and outputs of samples, group after group; a batch never holds samples of two groups.
+
+        So what comes out for a sample depends on its group alone, whichever groups are asked for.
+        """
+        ...
+
+
+def freeze(root: Path, params: Params, store: StoreParams, folder: Path, device: torch.device) -> Frozen:
+    """The teacher of a store.
+
+    Args:
+        root: of the project.
+        params: the whole of params.yaml.
+        store: the entry of `stores`.
+        folder: of the teacher's weights.
+        device: to run on.
+
+    Raises:
+        StageError: the weights are not whole, or do not fit the larger grid of a halo.
+    """
+    kind = FrozenSegmenter if store.teacher in params.segmenters else FrozenTeacher
+    return kind(root, params, store, folder, device)
 
 
 class View:
@@ -87,21 +126,10 @@ class View:
 
 
 class FrozenTeacher:
-    """The cached taps of a store for any samples of the training split, not augmented."""
+    """A detector, see `Frozen`."""
 
     def __init__(self, root: Path, params: Params, store: StoreParams, folder: Path, device: torch.device) -> None:
-        """Load the teacher, once per extent that its taps ask for.
-
-        Args:
-            root: of the project.
-            params: the whole of params.yaml.
-            store: the entry of `stores`.
-            folder: of the teacher's weights.
-            device: to run on.
-
-        Raises:
-            StageError: the weights are not whole, or do not fit the larger grid of a halo.
-        """
+        """Load the teacher, once per extent that its taps ask for; see `freeze`."""
         self.plain = load_detector(folder).to(device)
         self.device = device
         self.views: list[View] = []
@@ -125,21 +153,48 @@ class FrozenTeacher:
         return next(view.extent for view in self.views if tap in view.taps)
 
     def stream(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Outputs]]:
-        """Token and outputs of samples, group after group; a batch never holds samples of two groups.
-
-        So what comes out for a sample depends on its group alone, whichever groups are asked for.
-        """
-        cuda = self.device.type == "cuda"
-        batches = [list(group[i : i + BATCH]) for group in rows for i in range(0, len(group), BATCH)]
-        workers = max(min(cores(), 8) // len(self.views), 1) if cuda else 0
-        loaders = [
-            DataLoader(view.dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=cuda)
-            for view in self.views
-        ]
+        """See `Frozen`."""
+        loaders = [_loader(view.dataset, rows, self.device, len(self.views)) for view in self.views]
         for parts in zip(*loaders, strict=True):
             outputs = [view(part.to(self.device)) for view, part in zip(self.views, parts, strict=True)]
             for token, *pieces in zip(parts[0].tokens, *outputs, strict=True):
                 yield token, {name: array for piece in pieces for name, array in piece.items()}
+
+
+class FrozenSegmenter:
+    """A segmenter of the keyframe's camera images, see `Frozen`."""
+
+    def __init__(self, root: Path, params: Params, store: StoreParams, folder: Path, device: torch.device) -> None:
+        """Load the segmenter; see `freeze`."""
+        self.finder, self.device = InstanceFinder.load(folder, device), device
+        self.dataset = camera_dataset(root, params, params.data.splits.train, self.finder.size)
+        self.score_threshold = store.score_threshold
+
+    @property
+    def tokens(self) -> list[str]:
+        """Sample tokens by row."""
+        return self.dataset.tokens
+
+    def extent(self, tap: str) -> float:
+        """It has no dense taps."""
+        raise StageError(f"tap {tap} of a segmenter: it has inst2d and no other")
+
+    def stream(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Outputs]]:
+        """See `Frozen`."""
+        for batch in _loader(self.dataset, rows, self.device):
+            for token, images, image_aug in zip(batch.tokens, batch.images, batch.image_aug, strict=True):
+                found = self.finder(images[0].to(self.device), self.score_threshold)
+                yield token, {"inst2d": pack(StoredInstances.of(found, image_aug[0], self.finder.size))}
+
+
+def _loader(
+    dataset: NuScenesDataset, rows: Sequence[Sequence[int]], device: torch.device, loaders: int = 1
+) -> DataLoader[Any]:
+    """Batches of groups of samples, each of one group; `loaders` run at once."""
+    cuda = device.type == "cuda"
+    batches = [list(group[i : i + BATCH]) for group in rows for i in range(0, len(group), BATCH)]
+    workers = max(min(cores(), 8) // loaders, 1) if cuda else 0
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=cuda)
 
 
 def evenly(count: int, total: int) -> list[int]:

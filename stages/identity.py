@@ -9,7 +9,7 @@ from typing import Final
 import xxhash
 
 from data.store import Encoding, StoreIdentity, hash_files
-from pipeline.params import Params, StoreParams, TapParams
+from pipeline.params import EXACT_TAPS, Params, StoreParams, TapParams
 from stages.inputs import INDEX
 
 # The code that the contents of a store depend on. Of models, not the losses, which work on what is stored.
@@ -18,15 +18,18 @@ CODE: Final = (
     "stages/extract.py",
     "stages/frozen.py",
     "stages/inputs.py",
+    "stages/instances.py",
     "stages/serving.py",
     "stages/weights.py",
     "data/augment.py",
     "data/batch.py",
     "data/blobs.py",
     "data/boxes.py",
+    "data/classes.py",
     "data/dataset.py",
     "data/geometry.py",
     "data/index.py",
+    "data/instances.py",
     "data/sensors.py",
 )
 
@@ -34,16 +37,19 @@ CODE: Final = (
 def store_identity(root: Path, params: Params, store: str, weights: str | None = None) -> StoreIdentity:
     """The identity that a store must have now; `weights` stands in for a teacher that is not here."""
     settings = params.stores[store]
-    # At evaluation nothing else of `input` has an effect: a student's augmentation may change, its store stays.
-    input_ = {"frames", "sweeps", "radar"}
     described = {
-        "input": params.input.model_dump(include=input_) | {"size": params.input.image.size},
-        "grid": params.grid.model_dump(),
         "split": params.data.splits.train,
         "taps": {name: tap.halo for name, tap in settings.cached.items()},
-        "score_threshold": settings.score_threshold if "boxes" in settings.cached else None,
-        "calibration_samples": params.store.calibration_samples,
+        "score_threshold": settings.score_threshold if settings.cached.keys() & EXACT_TAPS else None,
     }
+    if settings.teacher not in params.segmenters:  # a segmenter's images are described beside its weights
+        # At evaluation nothing else of `input` has an effect: a student's augmentation may change, its store stays.
+        input_ = {"frames", "sweeps", "radar"}
+        described |= {
+            "input": params.input.model_dump(include=input_) | {"size": params.input.image.size},
+            "grid": params.grid.model_dump(),
+            "calibration_samples": params.store.calibration_samples,
+        }
     sources = [*(root / "models").glob("*.py"), *(root / "data/store").glob("*.py")]
     return StoreIdentity(
         weights=weights or hash_files(root, [f"outputs/teachers/{settings.teacher}"]),
@@ -57,7 +63,7 @@ def store_identity(root: Path, params: Params, store: str, weights: str | None =
 def describe(store: StoreParams) -> str:
     """The encodings of the cached taps in words."""
     taps = store.cached.items()
-    return "; ".join(name if name == "boxes" else f"{name}: {encoding(tap)}" for name, tap in taps)
+    return "; ".join(name if name in EXACT_TAPS else f"{name}: {encoding(tap)}" for name, tap in taps)
 
 
 def encoding(tap: TapParams) -> Encoding:

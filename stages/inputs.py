@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from data.augment import BevConfig, ImageConfig
 from data.dataset import GridConfig, InputConfig, NuScenesDataset
 from data.index import Index
 from models.detector import Detector
-from pipeline.params import Params
+from pipeline.params import Params, merge
 
 INDEX: Final = "outputs/index"
 
 
-def training_dataset(root: Path, params: Params, detector: Detector, seed: int) -> NuScenesDataset:
-    """The training split, augmented, with what the detector reads and what its losses compare with."""
+def training_dataset(root: Path, params: Params, detector: Detector, seed: int, split: str) -> NuScenesDataset:
+    """A split, augmented, with what the detector reads and what its losses compare with."""
     truth = {"boxes", "depth"} if "images" in detector.sensors else {"boxes"}
-    split = params.data.splits.train
     modalities = {*detector.sensors, *truth}
     return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grown_grid(params, 0.0))
 
@@ -41,6 +40,12 @@ def plain_dataset(
     return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid)
 
 
+def camera_dataset(root: Path, params: Params, split: str, size: tuple[int, int]) -> NuScenesDataset:
+    """The keyframe's images of a split, not augmented, height and width `size` whatever params.yaml has."""
+    grid, changes = grown_grid(params, 0.0), {"frames": 1, "depth_stride": 1, "image": {"size": size}}
+    return _dataset(root, params, split, train=False, modalities={"images"}, seed=0, grid=grid, **changes)
+
+
 def grown_grid(params: Params, halo: float) -> GridConfig:
     """The grid of params.yaml, `halo` metres larger on every side."""
     given = params.grid.model_dump()
@@ -56,9 +61,11 @@ def _dataset(
     modalities: Collection[str],
     seed: int,
     grid: GridConfig,
+    **changes: Any,
 ) -> NuScenesDataset:
-    given = params.input.model_dump()
-    config = InputConfig(**{**given, "image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
+    """A split with the input of params.yaml, `changes` laid over it."""
+    given = merge(params.input.model_dump(), changes)
+    config = InputConfig(**given | {"image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
     return NuScenesDataset(
         Index.open(root / INDEX),
         root / params.data.dataroot,

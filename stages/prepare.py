@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
         summary = build_index(
             context.root / data.dataroot,
             data.version,
-            [data.splits.train, data.splits.val],
+            [split for split in data.splits.model_dump().values() if split],
             made,
             skip_broken=data.skip_broken,
             sweeps=context.params.input.sweeps,

@@ -1,18 +1,29 @@
-"""Stage `report`: the metrics and pictures of a study -> one HTML page, a Markdown table, a table on the terminal."""
+"""Stage `report`: the metrics and pictures of a study -> one HTML page, a Markdown table, a table on the terminal.
+
+Beside them summary.json, the study's numbers; a copy of it in studies/results lets other studies show how the weights
+of their terms were chosen.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Final
 
+from data.index import Index
 from pipeline import graph
+from pipeline.params import Params, TeacherStart
 from pipeline.report import build
 from pipeline.stage import StageContext
+
+INDEX: Final = "outputs/index"
+RESULTS: Final = "studies/results"
 
 
 def run(context: StageContext) -> None:
     """Build the report of `study`, publish it, and print its table."""
     params = context.params
-    study = params.study
+    study, sources = params.study, learned_from(params)
     stages, edges = stage_graph(graph.graph(context.root))
     report = build(
         context.root / "reports/metrics",
@@ -20,19 +31,48 @@ def run(context: StageContext) -> None:
         context.root / "reports/stores",
         profile=params.profile,
         teachers=study.teachers,
+        starts=starts(params),
+        segmenters=study.segmenters,
         stores=study.stores,
         variants={name: params.variants[name].model_dump() for name in study.variants},
         seeds=study.seeds,
+        learned_from=sources,
+        seen=seen(Index.open(context.root / INDEX), sources, getattr(params.data.splits, params.evaluate.split)),
+        search=(context.root / RESULTS, study.search) if study.search else None,
         stages=stages,
         edges=edges,
     )
-    files = {"report.html": report.html, "table.md": report.markdown, "table.txt": f"{report.plain}\n"}
+    files = {
+        "report.html": report.html,
+        "table.md": report.markdown,
+        "table.txt": f"{report.plain}\n",
+        "summary.json": report.summary,
+    }
     for name, text in files.items():
         made = context.scratch / name
         made.write_text(text)
         context.tracker.log_artifact(made)
         context.publish(made, f"reports/{name}")
     print("\n" + report.plain, flush=True)
+
+
+def starts(params: Params) -> set[str]:
+    """The teachers from which students of the study start."""
+    students = [params.student(name) for name in params.study.variants]
+    return {student.start.teacher for student in students if isinstance(student.start, TeacherStart)}
+
+
+def learned_from(params: Params) -> dict[str, str]:
+    """Teachers of the study, and "students" -> the split that they learn from."""
+    splits = params.data.splits
+    teachers = {name: params.teachers[name].split or splits.train for name in params.study.teachers}
+    return {**teachers, "students": splits.of_students}
+
+
+def seen(index: Index, sources: Mapping[str, str], split: str) -> set[str]:
+    """Those whose source has scenes of a split."""
+    scored = set(index.scenes(split))
+    return {name for name, source in sources.items() if not scored.isdisjoint(index.scenes(source))}
 
 
 def stage_graph(nodes: dict[str, graph.Node]) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from data.batch import collate
 from data.store import Store
 from models.detector import Detector
+from pipeline.params import EXACT_TAPS
 from stages.frozen import BATCH
 from stages.serving import box_rows, serve_maps
 
@@ -95,7 +96,8 @@ class Sources:
     @torch.no_grad()
     def __call__(self, batch: Any) -> dict[str, Any]:
         """By `<store>.<tap>`: maps [B, C, H, W] float32, beside each the cells that have a source as
-        `<store>.<tap>.valid` bool [B, 1, H, W], and boxes as a list of [K, 11] (box, score, label).
+        `<store>.<tap>.valid` bool [B, 1, H, W], boxes as a list of [K, 11] (box, score, label), and instances as a
+        list over the samples of lists over the cameras (data.instances.ImageInstances).
         """
         outputs: dict[str, Any] = {}
         for name, teacher in self.online.items():
@@ -109,7 +111,7 @@ class Sources:
         outputs: dict[str, Any] = {}
         for name, value in batch.teacher.items():
             store, _, tap = name.partition(".")
-            if tap == "boxes":
+            if tap in EXACT_TAPS:
                 outputs[name] = value
             elif not tap.endswith(".present"):
                 spec, present = self.stores[store].taps[tap], batch.teacher.get(f"{name}.present")

@@ -32,12 +32,14 @@ def run(context: StageContext) -> None:
     if context.key not in context.params.teachers:
         raise StageError(f"teacher {context.key!r}: params.yaml has {', '.join(context.params.teachers)}")
     teacher = context.params.teachers[context.key]
+    split = teacher.split or context.params.data.splits.train
     seed_everything(MODEL, context.seed)
     detector = build_detector(teacher.model)
+    dataset = training_dataset(context.root, context.params, detector, context.seed, split)
     try:
         weights = train(
             Supervised(detector),
-            training_dataset(context.root, context.params, detector, context.seed),
+            dataset,
             collate,
             teacher.train,
             seed=context.seed,
@@ -45,6 +47,7 @@ def run(context: StageContext) -> None:
             tracker=context.tracker,
             stop=context.stop.is_set,
             label=context.spec.address,
+            classes=dataset.classes,
         )
     except BlobError as error:
         raise StageError(str(error)) from error

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.detector import Detector, build_detector
 from pipeline.stage import StageError
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_detector(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -32,6 +34,15 @@ def load_detector(folder: Path) -> Detector:
     Raises:
         StageError: a file is missing or broken, or the weights are not exactly those of the model in config.json.
     """
+    return load_published(folder, build_detector)[0]
+
+
+def load_published(folder: Path, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, dict[str, Any]]:
+    """A published model in evaluation mode, on the CPU, and its config.json, which `build` makes it from.
+
+    Raises:
+        StageError: a file is missing or broken, or the weights are not exactly those of the model in config.json.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
@@ -39,33 +50,58 @@ def load_detector(folder: Path) -> Detector:
         raise StageError(
             f"{folder} does not hold a whole model ({error}): run the stage that trains it again"
         ) from error
-    detector = build_detector(_without_checkpoints(config))
-    _fill(detector, folder, weights)
-    return detector.eval()
+    model = build(_without_checkpoints(config))
+    fill(model, weights, folder / WEIGHTS)
+    return model.eval(), config
 
 
-def start_from(detector: Detector, folder: Path, checksum: str) -> None:
-    """Give a detector the weights of a published one of the same model.
+def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
+    """Give a model the weights of a published one of the same kind.
 
     Args:
-        detector: gets the weights.
-        folder: of the published detector.
-        checksum: xxh3-128 of its model.safetensors: a start is part of a result, so another file is refused.
+        model: gets the weights.
+        folder: of the published one.
+        checksum: xxh3-128 of its model.safetensors: a start is part of a result, so another file is refused. None:
+            the folder is an out of a stage, which DVC compares.
 
     Raises:
-        StageError: the file is missing, is another one, or does not fit.
+        StageError: the file is missing or broken, is another one, or does not fit.
     """
+    path = folder / WEIGHTS
     try:
-        content = (folder / WEIGHTS).read_bytes()
-    except OSError as error:
+        content = path.read_bytes()
+        found = checksum_of(content)
+        if checksum not in (None, found):
+            raise StageError(
+                f"the start {path} has checksum {found}, params.yaml says {checksum}: "
+                "put back the file that was meant, or write the new checksum"
+            )
+        weights = load(content)
+    except (OSError, SafetensorError) as error:
         raise StageError(f"the start {folder} has no readable weights ({error}): give a published detector") from error
-    found = xxhash.xxh3_128_hexdigest(content)
-    if found != checksum:
-        raise StageError(
-            f"the start {folder / WEIGHTS} has checksum {found}, params.yaml says {checksum}: "
-            "put back the file that was meant, or write the new checksum"
-        )
-    _fill(detector, folder, load(content))
+    fill(model, weights, path)
+
+
+def checksum_of(content: bytes) -> str:
+    """xxh3-128 of the bytes of a model.safetensors, as params.yaml names it."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Set all weights of a model, and nothing but them.
+
+    Args:
+        model: gets the weights.
+        weights: by their names in the model.
+        source: the file that they come from, for messages.
+
+    Raises:
+        StageError: naming what is missing, unused or of another shape.
+    """
+    expected = model.state_dict()
+    _check_names(source, set(expected) - set(weights), set(weights) - set(expected))
+    _check_shapes(source, expected, weights)
+    model.load_state_dict(weights)
 
 
 def _without_checkpoints(config: Any) -> Any:
@@ -75,29 +111,19 @@ def _without_checkpoints(config: Any) -> Any:
     return [_without_checkpoints(value) for value in config] if isinstance(config, list) else config
 
 
-def _fill(detector: Detector, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Set all weights of a detector, and nothing but them."""
-    expected = detector.state_dict()
-    _check_names(folder, set(expected) - set(weights), set(weights) - set(expected))
-    _check_shapes(folder, expected, weights)
-    detector.load_state_dict(weights)
-
-
-def _check_names(folder: Path, missing: set[str], unused: set[str]) -> None:
+def _check_names(source: Path, missing: set[str], unused: set[str]) -> None:
     if missing or unused:
-        raise StageError(
-            f"{folder / WEIGHTS} does not fit the model of {CONFIG}: missing {_some(missing)}; unused {_some(unused)}"
-        )
+        raise StageError(f"{source} does not fit the model: missing {_some(missing)}; unused {_some(unused)}")
 
 
-def _check_shapes(folder: Path, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _check_shapes(source: Path, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     wrong = [
         f"{name} is {list(weights[name].shape)}, the model has {list(tensor.shape)}"
         for name, tensor in expected.items()
         if weights[name].shape != tensor.shape
     ]
     if wrong:
-        raise StageError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {'; '.join(wrong[:10])}")
+        raise StageError(f"{source} does not fit the model: {'; '.join(wrong[:10])}")
 
 
 def _some(names: set[str], most: int = 10) -> str:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from data.city.config import CityConfig
 from data.city.scene import ScenePlan, SceneWriter
@@ -145,8 +146,9 @@ def _publish(plans: list[ScenePlan], store: Path, out_dir: Path, version: str) -
     root = Path(tempfile.mkdtemp(prefix=".dataroot-", dir=store))
     root.chmod(0o755)
     tables: dict[str, list[Record]] = {name: [] for name in TABLES} | shared_tables()
-    coco: dict[str, dict[str, list[Record]]] = {
-        split: {"images": [], "annotations": [], "categories": coco_categories()} for split in ("train", "val")
+    coco: dict[str, dict[str, Any]] = {
+        split: {"info": {"identity": store.name}, "images": [], "annotations": [], "categories": coco_categories()}
+        for split in ("train", "val")
     }
     for plan in plans:
         unit = store / plan.name
@@ -159,7 +161,8 @@ def _publish(plans: list[ScenePlan], store: Path, out_dir: Path, version: str) -
     (root / version).mkdir()
     for name in TABLES:
         (root / version / f"{name}.json").write_text(json.dumps(tables[name], indent=0))
-    # Other paint or weather changes pictures and no table. Whoever watches the tables folder sees it here.
+    # Other paint or weather changes pictures and no table. Whoever watches the tables folder sees it here, and whoever
+    # watches the instances in their `info`.
     (root / version / "city.json").write_text(json.dumps({"identity": store.name}))
     (root / "instances").mkdir()
     for split, content in coco.items():
@@ -168,7 +171,7 @@ def _publish(plans: list[ScenePlan], store: Path, out_dir: Path, version: str) -
     root.rename(out_dir)
 
 
-def _append_coco(coco: dict[str, list[Record]], images: list[Record], objects: list[Record]) -> None:
+def _append_coco(coco: dict[str, Any], images: list[Record], objects: list[Record]) -> None:
     """Append one scene's pictures and objects, numbered on from what is there."""
     first = len(coco["images"]) + 1
     coco["images"] += [{"id": first + k, **image} for k, image in enumerate(images)]

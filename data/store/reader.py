@@ -138,8 +138,8 @@ class Store:
             taps: which to read; None reads all.
 
         Returns:
-            Dense taps [H, W, K], boxes [K, 11], and for taps of which only the foreground is kept `<tap>.present`,
-            bool [H, W]. The arrays are the caller's own.
+            Dense taps [H, W, K], boxes [K, 11], instances as bytes [n], and for taps of which only the foreground is
+            kept `<tap>.present`, bool [H, W]. The arrays are the caller's own.
 
         Raises:
             StoreError: the sample or the tap is not there.

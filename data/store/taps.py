@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from data.store.encoding import Calibration, Encoded, Encoding, decode_map, enco
 from data.store.errors import StoreError
 
 BOX_SIZE = 11  # box, score, label
+_INSTANCE_BYTES = 1024  # more than the box and the mask of an instance take, but for few
 TAP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -23,7 +25,8 @@ TAP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 class TapSpec:
     """Shape and encoding of a tap's arrays as they are stored.
 
-    Dense maps are [H, W, K] with an encoding; ragged arrays, whose first size is None, are kept exactly.
+    Dense maps are [H, W, K] with an encoding; ragged arrays, whose first size is None, are kept exactly: boxes [K, 11]
+    and, as bytes [n], instances that `data.instances.pack` made.
     """
 
     shape: tuple[int | None, ...]
@@ -34,7 +37,7 @@ class TapSpec:
 
     def __post_init__(self) -> None:
         if self.encoding is None:
-            right = self.dtype == "float32" and len(self.shape) == 2 and self.shape[0] is None
+            right = self.shape[:1] == (None,) and (self.dtype, len(self.shape)) in (("float32", 2), ("uint8", 1))
             sizes = self.shape[1:]
         else:
             channels = self.channels_of_teacher
@@ -44,7 +47,7 @@ class TapSpec:
         if not right or not all(type(size) is int and size > 0 for size in sizes):
             raise StoreError(
                 f"a tap of {self.dtype} {list(self.shape)}, encoding {self.encoding}, {self.channels_of_teacher} "
-                "channels: make it with TapSpec.dense or TapSpec.boxes"
+                "channels: make it with TapSpec.dense, TapSpec.boxes or TapSpec.instances"
             )
 
     @classmethod
@@ -70,6 +73,11 @@ class TapSpec:
         """Of boxes [K, 11]."""
         return cls((None, BOX_SIZE), "float32")
 
+    @classmethod
+    def instances(cls) -> Self:
+        """Of packed instances, bytes [n]."""
+        return cls((None,), "uint8")
+
     @property
     def ragged(self) -> bool:
         """Whether the number of rows differs between samples."""
@@ -85,9 +93,9 @@ class TapSpec:
         return height, width, channels
 
     def bytes(self, rows: int) -> int:
-        """The most bytes of one sample before compression; `rows` is the first size where that is ragged."""
+        """The most bytes of one sample before compression; of a ragged tap `rows` is how many boxes or instances."""
         if self.encoding is None:
-            return rows * int(self.shape[1] or 0) * np.dtype(self.dtype).itemsize
+            return rows * (_INSTANCE_BYTES if self.dtype == "uint8" else self._row_bytes)
         return most_bytes(self.map_shape, self.encoding)
 
     def encode(
@@ -96,7 +104,8 @@ class TapSpec:
         """A sample's array of this tap as a chunk.
 
         Args:
-            arrays: of the sample by tap: [C, H, W] or [K, 11], and for a foreground encoding `<tap>.keep` [H, W].
+            arrays: of the sample by tap: [C, H, W], [K, 11] or bytes [n], and for a foreground encoding `<tap>.keep`
+                [H, W].
             tap: name of this tap.
             token: of the sample, for messages.
             calibration: of a dense tap.
@@ -106,7 +115,8 @@ class TapSpec:
         """
         value = self._checked(arrays, tap, token)
         if self.encoding is None:
-            return Encoded(np.ascontiguousarray(value, np.float32).reshape(-1).view(np.uint8).data, value.size * 4)
+            stored = np.ascontiguousarray(value, self.dtype)
+            return Encoded(stored.reshape(-1).view(np.uint8).data, stored.nbytes)
         if calibration is None:
             raise StoreError(f"tap {tap} of sample {token} cannot be encoded without its calibration")
         keep = self._keep(arrays, tap, token)
@@ -122,7 +132,7 @@ class TapSpec:
             ValueError: the chunk does not fit this tap.
         """
         if self.encoding is None:
-            return {tap: np.frombuffer(chunk.data, np.float32).reshape(-1, self.shape[1] or 0)}
+            return {tap: np.frombuffer(chunk.data, self.dtype).reshape(-1, *self.shape[1:])}
         if calibration is None:
             raise StoreError(f"tap {tap} cannot be decoded without its calibration")
         value, present = decode_map(chunk, self.map_shape, self.encoding, calibration)
@@ -143,14 +153,21 @@ class TapSpec:
         Raises:
             ValueError: it declares something else.
         """
-        possible = size % self.bytes(1) == 0 if self.encoding is None else 0 < size <= self.bytes(0)
+        possible = size % self._row_bytes == 0 if self.encoding is None else 0 < size <= self.bytes(0)
         compressed = self.encoding is not None and self.encoding.compression != "none"
         if length < 0 or size < 0 or not possible or not (compressed or size == length):
             raise ValueError(f"a chunk of {length} bytes declares {size}, which its tap {list(self.shape)} cannot have")
 
+    @property
+    def _row_bytes(self) -> int:
+        """Of a ragged tap."""
+        return math.prod(size or 0 for size in self.shape[1:]) * np.dtype(self.dtype).itemsize
+
     def _checked(self, arrays: Mapping[str, Any], tap: str, token: str) -> NDArray[Any]:
         value = np.asarray(arrays[tap])
-        value = value if value.dtype in (np.float16, np.float32) else value.astype(np.float32)
+        if (value.dtype == np.uint8) != (self.dtype == "uint8"):
+            raise StoreError(f"tap {tap} of sample {token} is of {value.dtype}, declared {self.dtype}")
+        value = value if value.dtype in (np.uint8, np.float16, np.float32) else value.astype(np.float32)
         declared: list[int | None] = [self.channels_of_teacher, *self.shape[:2]] if self.encoding else [*self.shape]
         sizes = [size if size is not None else value.shape[0] for size in declared] if value.ndim else []
         if list(value.shape) != sizes:

@@ -51,7 +51,7 @@ class Plan:
     folder: Path
     samples: int
     sizes: dict[str, int]  # expected bytes per tap
-    most: int  # bytes that all taps together cannot pass, but for what compression adds to noise
+    most: int  # bytes that all taps together do not pass, but for what compression adds to noise, or masks of noise
     present: int  # bytes that finished shards hold already
     free: int
 
@@ -95,7 +95,7 @@ def plan(
         taps: specs by name.
         samples: how many.
         measured: mean bytes per sample by tap, as `mean_bytes` gives; a tap that is absent counts with its bound.
-        most_rows: bounds the rows of ragged taps.
+        most_rows: bounds the boxes or instances of a sample.
         finished_from: a store of the same identity, whose shards are taken over; on the same file system they are free.
     """
     there = folder
@@ -233,7 +233,8 @@ class StoreWriter:
         Args:
             shard: one of `missing()`.
             outputs: for each of `shards[shard]`, in that order, its token and its arrays by tap: maps [C, H, W] of the
-                teacher's floats, with `<tap>.keep` bool [H, W] where only the foreground is kept, and boxes [K, 11].
+                teacher's floats, with `<tap>.keep` bool [H, W] where only the foreground is kept, boxes [K, 11], and
+                instances as bytes [n].
 
         Raises:
             StoreError: samples in another order, a value that is not finite, a wrong shape, a full disk. The shard is

@@ -2,127 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
-from models.center_head import REGRESSION
 from models.detector import Batch, Prediction
-from models.distill.adapters import ADAPTERS, Resize
-from models.distill.distances import ELEMENTWISE, quality_focal, soft_gaussian_focal
-from models.distill.masks import MASKS, MaskInput
+from models.distill.adversarial import AdversarialTerm
+from models.distill.features import MapTerm
+from models.distill.instances import InstanceTerm
+from models.distill.output import BoxTerm, HeadTerm
+from models.distill.term import Term
 from models.distill.terms import TermConfig
-from models.targets import EncodedBoxes, TargetEncoder, flatten_boxes
+from models.targets import TargetEncoder
 
-SMALLEST_STD = 0.05
-"""Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""
-
-
-class Term(nn.Module, ABC):
-    """One distillation loss, not yet weighted."""
-
-    def __init__(self, config: TermConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    @abstractmethod
-    def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """The scalar loss; no gradient reaches the teacher's outputs."""
-
-
-class BoxTerm(Term):
-    """Output distillation from a teacher's boxes (X³KD's X-OD; our reconstruction, the reading by boxes).
-
-    The boxes whose score passes the threshold are drawn as Gaussians that rise to their score. ``gfl`` and ``qfl``
-    compare the student's heatmaps with them; ``sl1``, ``l1`` and ``l2`` compare the ten regression values at their
-    centres, weighted by the score.
-    """
-
-    def __init__(self, config: TermConfig, targets: TargetEncoder) -> None:
-        super().__init__(config)
-        if config.student != "head":
-            raise ValueError(f"teacher boxes compare with the student's head, not with its tap '{config.student}'")
-        if config.mask.kind not in ("none", "teacher_conf"):
-            raise ValueError(f"mask '{config.mask.kind}' does not apply to boxes: use none or teacher_conf")
-        if config.adapter.kind != "id":
-            raise ValueError(f"adapter '{config.adapter.kind}' does not apply to boxes: use id")
-        self.targets = targets
-        self.threshold = config.mask.threshold if config.mask.kind == "teacher_conf" else 0.0
-
-    def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`Term`; the teacher's boxes are a list of [K, 11]: box, score, label."""
-        samples = [boxes.detach()[boxes[:, 9] > self.threshold] for boxes in teacher[self.config.teacher]]
-        boxes, labels, sample = flatten_boxes([s[:, :10] for s in samples], [s[:, 10] for s in samples])
-        encoded = self.targets.encode(boxes, labels)
-        inside = encoded.inside
-        boxes, labels, sample = boxes[inside], labels[inside], sample[inside]
-        encoded = EncodedBoxes(*(values[inside] for values in encoded))
-        cell = encoded.column_row[:, 1] * self.targets.grid.size + encoded.column_row[:, 0]
-        score = boxes[:, 9]
-        if self.config.distance in ELEMENTWISE:
-            return self._regression(student, encoded.code, cell, labels, sample, score)
-        logits = torch.cat([task["heatmap"] for task in student.head], dim=1)
-        heat = self.targets.heatmap(encoded, labels, sample, len(samples), score)
-        if self.config.distance == "qfl":
-            loss = quality_focal(logits, heat)
-        else:
-            peak = torch.zeros_like(heat, dtype=torch.bool).flatten(2)
-            peak[sample, labels, cell] = True
-            loss = soft_gaussian_focal(logits, heat, peak.view_as(heat))
-        return loss.sum() / max(len(boxes), 1)
-
-    def _regression(self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor,
-                    score: Tensor) -> Tensor:
-        """Distance of the codes at the boxes' cells, averaged with the scores as weights."""
-        maps = torch.stack([torch.cat([task[name] for name in REGRESSION], dim=1) for task in student.head], dim=1)
-        task = torch.tensor(self.targets.task_of_class, device=labels.device)[labels]
-        predicted = maps.flatten(3)[sample, task, :, cell]
-        distance = ELEMENTWISE[self.config.distance](predicted, code.nan_to_num(0.0)) * ~code.isnan()
-        return (distance.sum(1) * score).sum() / score.sum().clamp(min=1)
-
-
-class MapTerm(Term):
-    """Feature distillation between dense BEV maps (X³KD's X-FD with the adapter ``decoder``; our reconstruction).
-
-    Both maps are divided by the teacher's standard deviation per channel, a constant, so that weights mean the same
-    for every teacher. The cells that ``<tap>.valid`` leaves out do not count.
-    """
-
-    std: Tensor
-
-    def __init__(self, config: TermConfig, student_channels: int, teacher_channels: int, std: Tensor | None,
-                 targets: TargetEncoder) -> None:
-        super().__init__(config)
-        for kind, known, what in ((config.mask.kind, MASKS, "mask"), (config.adapter.kind, ADAPTERS, "adapter"),
-                                  (config.distance, ELEMENTWISE, "distance")):
-            if kind not in known:
-                raise ValueError(f"{what} '{kind}' does not apply to dense maps: use one of {', '.join(known)}")
-        self.targets = targets
-        self.adapter = ADAPTERS[config.adapter.kind](student_channels, teacher_channels, config.adapter)
-        std = torch.ones(teacher_channels) if std is None else std.float()
-        if std.shape != (teacher_channels,):
-            raise ValueError(f"statistics of '{config.teacher}' are {list(std.shape)}, its channels {teacher_channels}")
-        std = std.clamp(min=max(float(std.mean()) * SMALLEST_STD, 1e-6))
-        self.register_buffer("std", std.view(-1, 1, 1))
-
-    def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`Term`."""
-        target = teacher[self.config.teacher].detach().float()
-        source = student.taps[self.config.student]
-        grid = (target.shape[-2], target.shape[-1])
-        adapted = self.adapter(source, grid) if isinstance(self.adapter, Resize) else self.adapter(source)
-        if adapted.shape != target.shape:
-            raise ValueError(f"student tap '{self.config.student}' is {list(adapted.shape)} after its adapter, "
-                             f"'{self.config.teacher}' {list(target.shape)}: grids that differ need the adapter resize")
-        valid = teacher.get(f"{self.config.teacher}.valid")
-        if valid is None:
-            valid = torch.ones_like(target[:, :1], dtype=torch.bool)
-        given = MaskInput(target, valid, batch, self.targets, self.config.mask)
-        distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std)
-        return (distance.mean(1, keepdim=True) * MASKS[self.config.mask.kind](given)).sum()
+WATCHED: Final = "watch/"
+"""Names of a recipe's values that start so are logged and not minimised; the trainer knows them by it."""
 
 
 class Recipe(nn.Module):
@@ -136,18 +31,21 @@ class Recipe(nn.Module):
         student_channels: channels of the student's taps.
         teacher_channels: channels of the teachers' dense taps, by ``<teacher>.<tap>``.
         statistics: standard deviation per channel [C] of the teachers' dense taps; 1 where absent.
+        stride: pixels per cell of the student's tap ``pv``; terms in the image need it.
 
     Raises:
         ValueError: naming the term and what does not fit.
     """
 
     def __init__(self, terms: Mapping[str, TermConfig], targets: TargetEncoder, student_channels: Mapping[str, int],
-                 teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor] | None = None) -> None:
+                 teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor] | None = None, *,
+                 stride: int | None = None) -> None:
         super().__init__()
         self.terms: dict[str, Term] = {}
         for name, config in terms.items():
             try:
-                self.terms[name] = build_term(config, targets, student_channels, teacher_channels, statistics or {})
+                self.terms[name] = build_term(config, targets, student_channels, teacher_channels, statistics or {},
+                                              stride)
             except ValueError as error:
                 raise ValueError(f"term '{name}': {error}") from error
         # A list, because a ModuleDict refuses names that modules have as attributes ("double", "type").
@@ -156,7 +54,7 @@ class Recipe(nn.Module):
     @property
     def student_taps(self) -> set[str]:
         """Taps that the student's forward must return."""
-        return {term.config.student for term in self.terms.values() if isinstance(term, MapTerm)}
+        return {tap for term in self.terms.values() for tap in term.student_taps}
 
     @property
     def teacher_taps(self) -> set[str]:
@@ -165,14 +63,15 @@ class Recipe(nn.Module):
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch,
                 progress: float) -> dict[str, Tensor]:
-        """Weighted losses by term.
+        """Weighted losses by term, and as ``watch/<term>/<what>`` what a term gives to look at.
 
         A term that has not started is computed with weight 0, so that the same parameters take part in every step.
 
         Args:
             student: the student's prediction with ``student_taps``.
             teacher: outputs by ``<teacher>.<tap>`` in the batch's augmented frame; ``boxes`` a list of [K, 11] (box,
-                score, label), maps [B, C, H, W], with ``<teacher>.<tap>.valid`` bool [B, 1, H, W] where warped.
+                score, label), ``inst2d`` per sample and camera its instances, maps [B, C, H, W], with
+                ``<teacher>.<tap>.valid`` bool [B, 1, H, W] where warped.
             batch: the student's batch.
             progress: fraction of training done, 0 to 1.
 
@@ -185,18 +84,32 @@ class Recipe(nn.Module):
         losses = {}
         for name, term in self.terms.items():
             weight = term.config.weight if progress >= term.config.start else 0.0
-            losses[name] = weight * term(student, teacher, batch)
+            outcome = term(student, teacher, batch, progress)
+            losses[name] = weight * outcome.loss
+            losses |= {f"{WATCHED}{name}/{what}": value.detach() for what, value in outcome.watched.items()}
         return losses
 
 
 def build_term(config: TermConfig, targets: TargetEncoder, student_channels: Mapping[str, int],
-               teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor]) -> Term:
-    """The term of a config: by boxes where the teacher's tap is ``boxes``, else by dense maps."""
-    if config.teacher.endswith(".boxes"):
+               teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor], stride: int | None) -> Term:
+    """The term of a config: by its distance where that has a model of its own, else by the teacher's tap."""
+    tap = config.teacher.partition(".")[2]
+    if config.distance == "maskrcnn":
+        if stride is None:
+            raise ValueError("maskrcnn learns in the image: the student has no image neck")
+        return InstanceTerm(config, _channels(config.student, student_channels, "the student"), stride, targets.classes)
+    if tap == "boxes":
         return BoxTerm(config, targets)
-    for tap, channels, whose in ((config.student, student_channels, "the student"),
-                                 (config.teacher, teacher_channels, "the store")):
-        if tap not in channels:
-            raise ValueError(f"{whose} has no dense tap '{tap}': it has {', '.join(channels) or 'none'}")
-    return MapTerm(config, student_channels[config.student], teacher_channels[config.teacher],
-                   statistics.get(config.teacher), targets)
+    teacher = _channels(config.teacher, teacher_channels, "the store")
+    if tap == "head" and config.student == "head":
+        return HeadTerm(config, targets, teacher)
+    student, std = _channels(config.student, student_channels, "the student"), statistics.get(config.teacher)
+    if config.distance == "bce_adv":
+        return AdversarialTerm(config, student, teacher, std)
+    return MapTerm(config, student, teacher, std, targets)
+
+
+def _channels(tap: str, known: Mapping[str, int], whose: str) -> int:
+    if tap not in known:
+        raise ValueError(f"{whose} has no dense tap '{tap}': it has {', '.join(known) or 'none'}")
+    return known[tap]

@@ -19,7 +19,9 @@ class MaskConfig(Strict):
     kind: str = "none"
     """For dense maps a name in ``masks.MASKS``; for boxes ``none`` or ``teacher_conf``."""
     threshold: float = Field(default=0.3, ge=0, le=1)
-    """``teacher_conf``: score above which a teacher's box counts."""
+    """``teacher_conf``: score above which a teacher's box, head cell or instance counts."""
+    weighted: bool = True
+    """Whether regression from a teacher's boxes or head maps is weighted by the teacher's score."""
     clip: float | None = Field(default=None, gt=0)
     """``gt_gauss``: largest weight of a cell."""
 
@@ -28,9 +30,9 @@ class AdapterConfig(Strict):
     """How a student's map is brought to the teacher's width; trained with the student, never exported."""
 
     kind: str = "id"
-    """A name in ``adapters.ADAPTERS``."""
+    """For dense maps a name in ``adapters.ADAPTERS``; ``grl_disc`` for ``bce_adv``, ``mask_rcnn`` for ``maskrcnn``."""
     width: int | None = Field(default=None, gt=0)
-    """Hidden channels of ``decoder``; default the teacher's channels."""
+    """Hidden channels of ``decoder`` (default the teacher's), of the discriminator or of the instance heads."""
 
 
 class TermConfig(Strict):
@@ -42,7 +44,7 @@ class TermConfig(Strict):
     """``<teacher>.<tap>``."""
     mask: MaskConfig = MaskConfig()
     adapter: AdapterConfig = AdapterConfig()
-    distance: Literal["l1", "l2", "sl1", "gfl", "qfl"]
+    distance: Literal["l1", "l2", "sl1", "gfl", "qfl", "bce_adv", "maskrcnn"]
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training after which the term counts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,12 @@ from pipeline.report import charts
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
 from pipeline.report.results import UNITS, Arm, ReportError, Study, load_study
+from pipeline.report.search import search as read_search
+from pipeline.report.search import summary
+from pipeline.report.segmenters import METRICS
+from pipeline.report.segmenters import segmenters as segmenters_of
 from pipeline.report.stores import augmentations, stored_taps
-from pipeline.report.tables import comparison, difference, markdown, notes, number, plain
+from pipeline.report.tables import comparison, difference, learning_notes, markdown, notes, number, plain
 
 TEACHER_SLOTS = 3  # colours of the page's style sheet, given out in turn
 VARIANT_SLOTS = 8
@@ -23,11 +27,12 @@ VARIANT_SLOTS = 8
 
 @dataclass(frozen=True)
 class Report:
-    """The finished texts: the page, the Markdown table, and the table for the terminal."""
+    """The finished texts: the page, the Markdown table, the table for the terminal, and the numbers for machines."""
 
     html: str
     markdown: str
     plain: str
+    summary: str
 
 
 def build(
@@ -37,9 +42,14 @@ def build(
     *,
     profile: str,
     teachers: Sequence[str],
+    starts: Collection[str],
+    segmenters: Sequence[str],
     stores: Sequence[str],
     variants: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int],
+    learned_from: Mapping[str, str],
+    seen: Collection[str],
+    search: tuple[Path, str] | None,
     stages: Mapping[str, int],
     edges: Sequence[tuple[str, str]],
     scenes: int = 3,
@@ -47,14 +57,19 @@ def build(
     """Compare the runs of a study.
 
     Args:
-        metrics: folder of `<teacher>.json` and `<variant>-<seed>.json`.
+        metrics: folder of `<teacher>.json`, `<segmenter>.json` and `<variant>-<seed>.json`.
         predictions: folder with one folder per run: metrics_details.json, pictures.json and the pictures.
         cards: folder of `<store>.json`, what extraction says of each store.
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
+        starts: those of them that students start from.
+        segmenters: names of the instance segmentation teachers of the study.
         stores: names of the stores of the study.
         variants: the study's variants in order, name -> its entry of params.yaml; the first is the baseline.
         seeds: seeds of the study.
+        learned_from: teachers and "students" -> the split that they learned from.
+        seen: those of them that learned from scenes on which the study is scored.
+        search: folder of kept summaries, and the name of the study by which the weights of the terms were chosen.
         stages: stage name -> number of instances, for the picture of the DAG.
         edges: (from, to) pairs of stage names.
         scenes: how many keyframes to show.
@@ -62,8 +77,10 @@ def build(
     Raises:
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
-    study = load_study(metrics, teachers, list(variants), seeds)
-    table, lines = comparison(study), notes(study)
+    rows = {name: entry.get("row") or "" for name, entry in variants.items()}
+    study = load_study(metrics, teachers, rows, seeds, starts)
+    split = study.baseline.first["split"]
+    table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
     taps = stored_taps(cards, stores)
     html = _template().render(
         study=study,
@@ -73,7 +90,10 @@ def build(
         units=UNITS,
         profile=profile,
         profile_note=profile_note(profile, len(seeds)),
+        segmenters=segmenters_of(metrics, predictions, segmenters, scenes),
+        segmenter_metrics=METRICS,
         recipes=recipes(variants),
+        search=read_search(*search, variants) if search else None,
         taps=taps,
         augmentations=augmentations(taps),
         charts=[charts.bar_chart(study, metric) for metric in ("mAP", "NDS")],
@@ -87,7 +107,8 @@ def build(
         number=number,
         difference=difference,
     )
-    return Report(html, markdown(table, lines), plain(comparison(study, brief=True), lines))
+    numbers = json.dumps(summary(study, profile, learned_from, variants), indent=2, allow_nan=False)
+    return Report(html, markdown(table, lines), plain(comparison(study, brief=True), lines), f"{numbers}\n")
 
 
 def _best(study: Study) -> Arm | None:
@@ -124,5 +145,4 @@ def _read_details(predictions: Path, arm: Arm) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        stage = "evaluate_teacher" if arm.kind == "teacher" else "evaluate"
-        raise ReportError(f"{path} is missing: run `dvc repro {stage}@{arm.first_key}`") from None
+        raise ReportError(f"{path} is missing: run `dvc repro {arm.stage}@{arm.first_key}`") from None

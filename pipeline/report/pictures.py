@@ -65,8 +65,7 @@ def _manifest(folder: Path, arm: Arm) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        stage = "evaluate_teacher" if arm.kind == "teacher" else "evaluate"
-        raise ReportError(f"{path} is missing: run `dvc repro {stage}@{arm.first_key}`") from None
+        raise ReportError(f"{path} is missing: run `dvc repro {arm.stage}@{arm.first_key}`") from None
     return manifest
 
 
@@ -85,13 +84,22 @@ def _scene(study: Study, predictions: Path, entries: dict[str, dict[str, Any]]) 
 
 
 def _panel(label: str, arm: Arm | None, view: str, path: Path, width: int) -> Panel:
+    return Panel(label, arm, view, *picture_uri(path, width))
+
+
+def picture_uri(path: Path, width: int) -> tuple[str, int, int]:
+    """A picture file, made no wider than `width` pixels: its data URI, width and height.
+
+    Raises:
+        ReportError: the file is missing.
+    """
     try:
         picture = Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise ReportError(f"{path} is missing, though pictures.json beside it names it: evaluate again") from None
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    return Panel(label, arm, view, data_uri(picture), picture.width, picture.height)
+    return data_uri(picture), picture.width, picture.height
 
 
 def data_uri(picture: Image.Image) -> str:

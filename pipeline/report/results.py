@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ class ReportError(PipelineError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: a teacher, or a variant with one run per seed."""
+    """One line of the table: a teacher, a start of students, or a variant with one run per seed."""
 
     name: str
-    kind: str  # "teacher" or "student"
+    kind: str  # "teacher", "start" (trained as teachers are) or "student"
     runs: dict[int, dict[str, Any]]  # seed -> the published metrics
     keys: dict[int, str]  # seed -> name of the run's folder in outputs/predictions
+    row: str = ""  # of a paper's table that the variant reproduces
 
     def values(self, metric: str) -> dict[int, float | None]:
         """One of the headline metrics, per seed."""
@@ -56,12 +57,22 @@ class Arm:
         """The folder of the first seed's predictions; its pictures stand for the arm."""
         return next(iter(self.keys.values()))
 
+    @property
+    def tag(self) -> str:
+        """What stands beside the name of an arm that is not a student; nothing beside a start that is called so."""
+        return "" if self.kind in ("student", self.name) else self.kind
+
+    @property
+    def stage(self) -> str:
+        """The stage that evaluates it."""
+        return "evaluate" if self.kind == "student" else "evaluate_teacher"
+
 
 @dataclass(frozen=True)
 class Study:
     """Teachers and variants that belong in one table. The first variant is the baseline."""
 
-    teachers: list[Arm]
+    teachers: list[Arm]  # and starts
     variants: list[Arm]
     seeds: list[int]
 
@@ -86,9 +97,14 @@ class Study:
         classes = self.arms[0].first["classes"]
         return [name for name in classes if classes[name]["truth"] == 0]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether a variant reproduces a row of a paper's table."""
+        return any(arm.row for arm in self.variants)
+
     def gain(self, arm: Arm, metric: str) -> Interval | None:
         """Difference to the baseline, paired by seed; None for the baseline itself and for teachers."""
-        if arm.kind == "teacher" or arm.name == self.baseline.name:
+        if arm.kind != "student" or arm.name == self.baseline.name:
             return None
         return paired_difference(arm.values(metric), self.baseline.values(metric))
 
@@ -107,26 +123,37 @@ def _read(folder: Path, key: str, stage: str) -> dict[str, Any]:
     return metrics
 
 
-def load_study(folder: Path, teachers: Sequence[str], variants: Sequence[str], seeds: Sequence[int]) -> Study:
+def load_study(
+    folder: Path,
+    teachers: Sequence[str],
+    variants: Mapping[str, str],
+    seeds: Sequence[int],
+    starts: Collection[str] = (),
+) -> Study:
     """Read `<teacher>.json` and `<variant>-<seed>.json` of a study from a folder.
 
-    Files of other studies in the folder are left alone. Raises ReportError naming the file and the command
+    `variants` are given with the row of a paper's table, or ""; `starts` are those of the teachers that students start
+    from. Files of other studies in the folder are left alone. Raises ReportError naming the file and the command
     that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree about the samples.
     """
     if not variants or not seeds:
         raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
     study = Study(
-        [Arm(name, "teacher", {0: _read(folder, name, "evaluate_teacher")}, {0: name}) for name in teachers],
-        [_variant(folder, name, seeds) for name in variants],
+        [_teacher(folder, name, "start" if name in starts else "teacher") for name in teachers],
+        [_variant(folder, name, row, seeds) for name, row in variants.items()],
         list(seeds),
     )
     _check_comparable(folder, study)
     return study
 
 
-def _variant(folder: Path, name: str, seeds: Sequence[int]) -> Arm:
+def _teacher(folder: Path, name: str, kind: str) -> Arm:
+    return Arm(name, kind, {0: _read(folder, name, "evaluate_teacher")}, {0: name})
+
+
+def _variant(folder: Path, name: str, row: str, seeds: Sequence[int]) -> Arm:
     keys = {seed: f"{name}-{seed}" for seed in seeds}
-    return Arm(name, "student", {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}, keys)
+    return Arm(name, "student", {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}, keys, row)
 
 
 def _check_comparable(folder: Path, study: Study) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.results import ERRORS, Arm, Study
@@ -38,21 +38,26 @@ class Table:
 def comparison(study: Study, *, brief: bool = False) -> Table:
     """One row per teacher and per variant: mAP, NDS, differences to the baseline, the five errors.
 
+    The column `row` names rows of a paper's table, where a variant reproduces one.
+
     `brief` leaves out the intervals of the errors, for a terminal.
     """
     present = ["mAP present"] if study.absent else []
-    head = ["model", "seeds", "mAP", "Δ mAP", *present, "NDS", "Δ NDS", *ERRORS, "params"]
+    rows = ["row"] if study.has_rows else []
+    head = ["model", *rows, "seeds", "mAP", "Δ mAP", *present, "NDS", "Δ NDS", *ERRORS, "params"]
     return Table(head, [_row(study, arm, brief) for arm in study.arms])
 
 
 def _row(study: Study, arm: Arm, brief: bool) -> list[str]:
-    name = f"{arm.name} (teacher)" if arm.kind == "teacher" else arm.name
+    name = f"{arm.name} ({arm.tag})" if arm.tag else arm.name
+    rows = [arm.row] if study.has_rows else []
     present = [number(arm.mean("mAP_present"))] if study.absent else []
     errors = [number(arm.mean(error)) for error in ERRORS]
     if brief:
         errors = [text.partition(" ")[0] for text in errors]
     return [
         name,
+        *rows,
         str(len(arm.runs)),
         number(arm.mean("mAP")),
         difference(study.gain(arm, "mAP")),
@@ -64,12 +69,13 @@ def _row(study: Study, arm: Arm, brief: bool) -> list[str]:
     ]
 
 
-def notes(study: Study) -> list[str]:
+def notes(study: Study, profile: str) -> list[str]:
     """What a reader must know beside the table."""
     run = study.baseline.first
     lines = [
+        f"Profile {profile}, seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}.",
         f"nuScenes devkit, detection_cvpr_2019, split {run['split']}: keyframes {run['samples']}, "
-        f"boxes of truth {run['boxes']['truth']}."
+        f"boxes of truth {run['boxes']['truth']}.",
     ]
     if len(study.seeds) == 1:
         lines.append("One seed, no interval: a difference between two rows is not evidence of a gain.")
@@ -83,6 +89,26 @@ def notes(study: Study) -> list[str]:
             f"Not in the truth: {', '.join(study.absent)}. Their AP counts as 0 and their errors as 1; "
             "`mAP present` is the mean over the other classes."
         )
+    return lines
+
+
+def learning_notes(split: str, learned_from: Mapping[str, str], seen: Collection[str]) -> list[str]:
+    """What a reader must know of the data that the models learned from.
+
+    Args:
+        split: that they are scored on.
+        learned_from: name of a teacher, or "students" -> split.
+        seen: those of them that learned from scenes of `split`.
+    """
+    lines = [f"Learned: {', '.join(f'{name} from {source}' for name, source in learned_from.items())}."]
+    if "students" in seen:
+        lines.append(
+            f"The students have learned from scenes of {split}, on which they are scored: this is a fit, "
+            "and says nothing about other scenes."
+        )
+    elif seen:
+        names = " and ".join(name for name in learned_from if name in seen)
+        lines.append(f"{names} learned from scenes of {split} too: only the students' scores are of unseen scenes.")
     return lines
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from data import pictures
-from data.index import Index
+from data.index import CAMERAS, Index
+from data.instances import ImageInstances, StoredInstances, in_image, unpack
 from data.store import Store
 from pipeline.errors import PipelineError
 from pipeline.params import Params, load_params
@@ -36,8 +38,34 @@ def run(root: Path, name: str, sample: str | None, out: Path | None) -> int:
 
 
 def draw(view: pictures.View, store: Store, name: str, threshold: float) -> pictures.Picture:
-    """The scene with its true boxes, and every dense tap of the store with the teacher's boxes above a score."""
+    """What a store holds of a sample, and the truth."""
     arrays = store.read(view.token)
+    if "inst2d" in arrays:
+        return _draw_instances(view, unpack(arrays["inst2d"]), name, threshold)
+    return _draw_maps(view, store, arrays, name, threshold)
+
+
+def _draw_instances(view: pictures.View, stored: StoredInstances, name: str, threshold: float) -> pictures.Picture:
+    """The cameras with the true boxes, and below them again with the teacher's masks and boxes above a score."""
+    height, width = next(iter(view.images.values())).shape[:2]
+    found = in_image(stored, np.stack([np.eye(3)] * len(CAMERAS)), (height, width), least_left=0.0, least_area=1)
+    shown = [ImageInstances(*(part[camera.scores >= threshold] for part in camera)) for camera in found]
+    count = sum(len(camera.boxes) for camera in shown)
+    panels = (
+        pictures.draw_cameras(view, view.truth, f"truth, {len(view.truth.boxes)} boxes"),
+        pictures.draw_camera_instances(
+            view,
+            dict(zip(CAMERAS, shown, strict=True)),
+            f"{name}.inst2d: the teacher's {count} instances, score ≥ {threshold:g}",
+        ),
+    )
+    return pictures.compose_cameras(panels, f"store {name}, {view.caption}")
+
+
+def _draw_maps(
+    view: pictures.View, store: Store, arrays: Mapping[str, Any], name: str, threshold: float
+) -> pictures.Picture:
+    """The scene with its true boxes, and every dense tap of the store with the teacher's boxes above a score."""
     boxes, found = _boxes(arrays.get("boxes"), threshold)
     extents = {tap: spec.extent for tap, spec in store.taps.items() if spec.extent is not None}
     reach = max(extents.values(), default=pictures.BEV_RANGE)

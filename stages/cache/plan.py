@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+from torch import nn
 
 from data.store import TapSpec, mean_bytes, plan
 from data.store.writer import readable
@@ -25,7 +26,8 @@ from stages.cache.table import duration, table
 from stages.calibration import calibrate, tap_specs
 from stages.card import PROBES
 from stages.extract import BUILD, UNSEEN
-from stages.frozen import FrozenTeacher, Outputs, evenly
+from stages.frozen import Frozen, Outputs, evenly, freeze
+from stages.instances import make_segmenter, segmenter_config
 from stages.weights import save_detector
 
 TRAINVAL: Final = 28_130  # training samples of nuScenes v1.0-trainval: Caesar et al., CVPR 2020, section 5
@@ -89,7 +91,7 @@ def measure(root: Path, params: Params, name: str) -> StoreCost:
         return StoreCost(name, settings.teacher, trained, 0, None, 0.0, 0.0, 0, _online(settings))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _weights(root, params, settings.teacher) as folder:
-        teacher = FrozenTeacher(root, params, settings, folder, device)
+        teacher = freeze(root, params, settings, folder, device)
         samples, rate = _timed(teacher)
     specs = tap_specs(teacher, settings, next(iter(samples.values())))
     started = time.monotonic()
@@ -102,8 +104,8 @@ def measure(root: Path, params: Params, name: str) -> StoreCost:
         trained,
         count,
         rate,
-        _passes(params, count) / rate,
-        _passes(params, TRAINVAL) / rate,
+        _passes(params, specs, count) / rate,
+        _passes(params, specs, TRAINVAL) / rate,
         _to_write(root, params, name, specs, count, means),
         [*tap_costs(settings, specs, means, count), *_online(settings)],
     )
@@ -193,7 +195,7 @@ def _online(settings: StoreParams) -> list[TapCost]:
     return [TapCost(name, "online", "online, nothing stored") for name, tap in settings.taps.items() if not tap.cached]
 
 
-def _timed(teacher: FrozenTeacher) -> tuple[dict[str, Outputs], float]:
+def _timed(teacher: Frozen) -> tuple[dict[str, Outputs], float]:
     """Outputs of some samples by token, and samples per second without the first."""
     rows = evenly(1 + MEASURED, len(teacher.tokens))
     if not rows:
@@ -205,10 +207,11 @@ def _timed(teacher: FrozenTeacher) -> tuple[dict[str, Outputs], float]:
     return {token: first, **samples}, len(samples) / (time.monotonic() - started)
 
 
-def _passes(params: Params, samples: int) -> int:
+def _passes(params: Params, specs: Mapping[str, TapSpec], samples: int) -> int:
     """How often the teacher runs for a store: per sample, for the calibration and for the card's gaps."""
     calibration = min(params.store.calibration_samples, samples) + min(UNSEEN, samples)
-    return samples + calibration + params.store.gap_samples * len(PROBES)
+    gaps = params.store.gap_samples * len(PROBES) if any(not spec.ragged for spec in specs.values()) else 0
+    return samples + calibration + gaps
 
 
 def _to_write(
@@ -237,11 +240,18 @@ def _weights(root: Path, params: Params, teacher: str) -> Iterator[Path]:
         yield folder
         return
     torch.manual_seed(params.seed)
-    config = params.teachers[teacher].model
+    section, build, config = _described(params, teacher)
     try:
-        detector = build_detector(config)
+        model = build(config)
     except (ValueError, ImportError) as error:
-        raise PipelineError(f"teachers.{teacher}.model cannot be built: {error}") from error
+        raise PipelineError(f"{section}.{teacher}.model cannot be built: {error}") from error
     with tempfile.TemporaryDirectory() as made:
-        save_detector(Path(made), config, detector.state_dict())
+        save_detector(Path(made), config, model.state_dict())
         yield Path(made)
+
+
+def _described(params: Params, teacher: str) -> tuple[str, Callable[[dict[str, Any]], nn.Module], dict[str, Any]]:
+    """The section of a teacher in params.yaml, what builds it, and from what."""
+    if teacher in params.segmenters:
+        return "segmenters", make_segmenter, segmenter_config(params.segmenters[teacher])
+    return "teachers", build_detector, params.teachers[teacher].model

@@ -18,6 +18,7 @@ from data.batch import Batch, Sample, collate
 from data.blobs import BlobError
 from data.boxes import boxes_in_range, points_in_boxes, transform_boxes
 from data.build import build_index
+from data.classes import CATEGORY_TO_CLASS, CLASSES
 from data.dataset import GridConfig, InputConfig, NuScenesDataset
 from data.geometry import inverse, project
 from data.index import CAMERAS, LIDAR, RADARS, Index
@@ -221,6 +222,16 @@ def test_only_seen_boxes_inside_the_grid_are_kept(dataset: NuScenesDataset) -> N
         assert (sample.points[:, :2].abs() < 25.6).all()
         assert ((sample.points[:, 2] > -1) & (sample.points[:, 2] < 2)).all()
         assert len(sample.boxes) <= dataset.index.sample(key[2]).annotations.valid.sum()
+
+
+def test_classes_of_samples_are_the_devkits(dataset: NuScenesDataset, devkit: Any) -> None:
+    expected = []
+    for token in dataset.tokens:
+        found = [devkit.get("sample_annotation", name) for name in devkit.get("sample", token)["anns"]]
+        seen = {one["category_name"] for one in found if one["num_lidar_pts"] + one["num_radar_pts"] > 0}
+        expected.append({CLASSES.index(CATEGORY_TO_CLASS[name]) for name in seen & CATEGORY_TO_CLASS.keys()})
+    assert dataset.classes() == expected
+    assert len(set(map(frozenset, expected))) > 1
 
 
 def test_the_previous_frame_is_aligned_by_ego_motion(dataset: NuScenesDataset, devkit: Any) -> None:

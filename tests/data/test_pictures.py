@@ -7,10 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 
+from data.classes import CLASSES
 from data.index import CAMERAS, Index
-from data.pictures import NEAR, Boxes, View, draw_bev, draw_cameras, load_view, project_boxes
+from data.instances import ImageInstances
+from data.pictures import (
+    COLOURS,
+    HALF,
+    NEAR,
+    Boxes,
+    View,
+    draw_bev,
+    draw_camera_instances,
+    draw_cameras,
+    draw_instances,
+    load_view,
+    project_boxes,
+)
 
 K = np.array([[100.0, 0, 80], [0, 100.0, 45], [0, 0, 1]])
 
@@ -62,3 +77,61 @@ def test_nothing_to_draw_is_drawn(view: View) -> None:
 def test_the_threshold_is_inclusive() -> None:
     boxes = Boxes(np.zeros((3, 9)), np.arange(3))
     assert boxes.above(np.array([0.1, 0.2, 0.3]), 0.2).labels.tolist() == [1, 2]
+
+
+def instances(boxes: list[list[float]], labels: list[int], scores: list[float]) -> ImageInstances:
+    """Instances that fill their boxes in an image of 50 x 100 pixels."""
+    masks = torch.zeros(len(boxes), 50, 100, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        mask[int(top) : int(bottom), int(left) : int(right)] = 1
+    return ImageInstances(torch.tensor(boxes).view(-1, 4), torch.tensor(labels), torch.tensor(scores), masks)
+
+
+def test_masks_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
+    image = np.full((50, 100, 3), 128, np.uint8)
+    car, bus = CLASSES.index("car"), CLASSES.index("bus")
+    shown = instances([[10, 20, 60, 45], [40, 5, 90, 40]], [car, bus], [0.9, 0.4])
+    empty = draw_instances(image, instances([], [], []), "", scores=True).astype(int)
+    picture = draw_instances(image, shown, "", scores=False).astype(int)
+    scale = HALF / 100
+    strip = picture.shape[0] - round(HALF * 50 / 100)
+
+    def change(x: float, y: float) -> np.ndarray:
+        row, column = strip + round(y * scale), round(x * scale)
+        return picture[row, column] - empty[row, column]
+
+    def towards(colour: str) -> np.ndarray:
+        return np.sign(np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) - 128)
+
+    assert (np.sign(change(20, 35)) == towards(COLOURS["car"])).all()
+    assert (np.sign(change(80, 20)) == towards(COLOURS["bus"])).all()
+    assert (change(50, 30) == change(20, 35)).all()  # the better score lies on top
+    for x, y in ((5, 30), (65, 43), (95, 20), (30, 47)):
+        assert not change(x, y).any()
+    edge = [x for x in range(picture.shape[1]) if change(x / scale, 44).any()]
+    assert abs(min(edge) - 10 * scale) <= 2  # the outline is at the pixels' edge
+    assert abs(max(edge) - 60 * scale) <= 2
+
+
+def test_scores_are_written_beside_the_classes() -> None:
+    image = np.zeros((50, 100, 3), np.uint8)
+    shown = instances([[20, 20, 60, 45]], [0], [0.9])
+    plain, scored = (draw_instances(image, shown, "", scores=scores).astype(int) for scores in (False, True))
+    changed = np.argwhere((plain != scored).any(axis=2))
+    assert len(changed)
+    assert changed[:, 0].max() < 20 * HALF / 100 + 30  # above the box
+
+
+def test_instances_in_cameras_keep_to_their_camera(view: View) -> None:
+    size = view.images["CAM_FRONT"].shape[:2]
+    nothing = ImageInstances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0),
+                             torch.zeros(0, *size, dtype=torch.uint8))  # fmt: skip
+    whole = ImageInstances(torch.tensor([[0.0, 0.0, size[1], size[0]]]), torch.tensor([3]), torch.ones(1),
+                           torch.ones(1, *size, dtype=torch.uint8))  # fmt: skip
+    shown = dict.fromkeys(CAMERAS, nothing)
+    empty = draw_camera_instances(view, shown, "").astype(int)
+    picture = draw_camera_instances(view, shown | {"CAM_BACK": whole}, "").astype(int)
+    rows, columns = np.nonzero((picture != empty).any(axis=2)[40:])
+    assert rows.min() + 40 > picture.shape[0] / 2  # the second row of cameras, its middle one
+    assert picture.shape[1] / 3 - 4 < columns.min() < columns.max() < 2 * picture.shape[1] / 3 + 4
+    assert len(rows) > 0.9 * (picture.shape[0] / 2 - 40) * picture.shape[1] / 3

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.instances import pack, unpack
 from data.store import (
     Calibration,
     DamagedShardError,
@@ -48,6 +49,7 @@ def test_reads_what_was_written(folder: Path) -> None:
     for token in reversed(TOKENS):
         read, expected = store.read(token), arrays(token)
         np.testing.assert_array_equal(read["boxes"], expected["boxes"])  # exact
+        np.testing.assert_array_equal(read["inst2d"], expected["inst2d"])
         np.testing.assert_array_equal(read["bev_lift"], np.moveaxis(expected["bev_lift"], 0, -1).astype(np.float16))
         np.testing.assert_array_equal(read["bev_neck.present"], expected["bev_neck.keep"])
         assert read["bev_neck"].shape == (8, 8, 2)
@@ -100,10 +102,24 @@ def test_boxes_alone(tmp_path: Path) -> None:
         store.std("boxes")
 
 
+def test_instances_alone(tmp_path: Path) -> None:
+    """A store of a segmenter: bytes as they were packed, and no statistics or calibration."""
+    build(tmp_path, taps={"inst2d": TapSpec.instances()}, calibration={})
+    store = Store.open(tmp_path, IDENTITY)
+    for token in TOKENS:
+        packed = store.read(token)["inst2d"]
+        assert packed.dtype == np.uint8
+        np.testing.assert_array_equal(pack(unpack(packed)), arrays(token)["inst2d"])
+    assert TapSpec.instances().ragged
+    assert store.taps == {"inst2d": TapSpec.instances()}  # out of the manifest's JSON
+    assert build(tmp_path / "new", finished_from=tmp_path, taps=store.taps, calibration={}) == []
+
+
 def test_bytes_of_a_tap(folder: Path) -> None:
     store = Store.open(folder)
     assert store.bytes("bev_lift") == 22 * 4 * 8 * 8 * 2
     assert store.bytes("boxes") == 44 * sum(number % 5 for number in range(22))
+    assert store.bytes("inst2d") == sum(arrays(token)["inst2d"].size for token in TOKENS)
     means = mean_bytes(TAPS, CALIBRATION, [(token, arrays(token)) for token in TOKENS])
     assert {tap: store.bytes(tap) / 22 for tap in TAPS} == pytest.approx(means)
 
@@ -198,10 +214,11 @@ def test_ranks_share_the_shards(tmp_path: Path) -> None:
 def test_plan_bounds_what_is_written(folder: Path) -> None:
     made = plan(folder.parent / "elsewhere" / "deep", TAPS, 22, most_rows=4)
     written = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    assert made.sizes == {"bev_lift": 22 * 4 * 8 * 8 * 2, "bev_neck": 22 * (8 + 2 * 8 * 8), "boxes": 22 * 4 * 11 * 4}
+    dense = {"bev_lift": 22 * 4 * 8 * 8 * 2, "bev_neck": 22 * (8 + 2 * 8 * 8)}
+    assert made.sizes == dense | {"boxes": 22 * 4 * 11 * 4, "inst2d": 22 * 4 * 1024}
     assert made.most == sum(made.sizes.values())
     assert written <= made.needed
-    assert plan(folder, TAPS, 22, most_rows=4).needed < 0.4 * made.needed  # finished shards count
+    assert plan(folder, TAPS, 22, most_rows=4).needed == made.needed - written  # finished shards count
 
 
 def test_plan_expects_what_was_measured(folder: Path) -> None:
@@ -209,10 +226,10 @@ def test_plan_expects_what_was_measured(folder: Path) -> None:
     made, store = plan(folder.parent / "elsewhere", TAPS, 22, measured), Store.open(folder)
     assert made.sizes["bev_lift"] == store.bytes("bev_lift")  # its bound: no margin is needed
     assert made.sizes["boxes"] == int(1.1 * 22 * measured["boxes"])
-    for tap in ("bev_neck", "boxes"):
+    for tap in ("bev_neck", "boxes", "inst2d"):
         assert 0.8 * store.bytes(tap) < made.sizes[tap] < 1.6 * store.bytes(tap)
-    assert made.most == 22 * (4 * 8 * 8 * 2 + 8 + 2 * 8 * 8 + 500 * 44)
-    assert "22 samples, 14.4 kB, at most 498 kB (bev_lift 11.3 kB, bev_neck 1.24 kB, boxes " in str(made)
+    assert made.most == 22 * (4 * 8 * 8 * 2 + 8 + 2 * 8 * 8 + 500 * (44 + 1024))
+    assert "22 samples, 18.6 kB, at most 11.8 MB (bev_lift 11.3 kB, bev_neck 1.24 kB, boxes " in str(made)
     assert "free in" in str(made)
     beside = plan(folder.parent / "elsewhere", TAPS, 22, measured, finished_from=folder)
     assert beside.present == sum(path.stat().st_size for path in folder.glob("shard-*"))
@@ -257,7 +274,7 @@ def test_missing_samples_and_taps_are_named(folder: Path) -> None:
         store.require([*TOKENS, "x", "y"])
     with pytest.raises(StoreError, match="no sample x"):
         store.read("x")
-    with pytest.raises(StoreError, match="no tap 'pv': it has bev_lift, bev_neck, boxes"):
+    with pytest.raises(StoreError, match="no tap 'pv': it has bev_lift, bev_neck, boxes, inst2d"):
         store.read("token-00", ["pv"])
 
 
@@ -300,6 +317,12 @@ def test_wrong_shape_and_order_are_refused(tmp_path: Path) -> None:
             writer.write(0, [("token-00", bare)])
         with pytest.raises(StoreError, match=r"boxes of sample token-00 is \[2, 9\], declared \[None, 11\]"):
             writer.write(0, [("token-00", arrays("token-00") | {"boxes": np.zeros((2, 9))})])
+        with pytest.raises(StoreError, match=r"inst2d of sample token-00 is \[2, 3\], declared \[None\]"):
+            writer.write(0, [("token-00", arrays("token-00") | {"inst2d": np.zeros((2, 3), np.uint8)})])
+        with pytest.raises(StoreError, match="inst2d of sample token-00 is of float32, declared uint8"):
+            writer.write(0, [("token-00", arrays("token-00") | {"inst2d": np.zeros(3, np.float32)})])
+        with pytest.raises(StoreError, match="boxes of sample token-00 is of uint8, declared float32"):
+            writer.write(0, [("token-00", arrays("token-00") | {"boxes": np.zeros((2, 11), np.uint8)})])
         with pytest.raises(StoreError, match="got sample token-01 where token-00 comes"):
             writer.write(0, [("token-01", arrays("token-01"))])
         with pytest.raises(StoreError, match="lacks 6 of 6 shards"):
@@ -316,7 +339,7 @@ def test_wrong_shape_and_order_are_refused(tmp_path: Path) -> None:
     "changes", [{"shape": (8, 8, 3)}, {"dtype": "int8"}, {"shape": (8, -8, 4)}, {"channels_of_teacher": None}]
 )
 def test_specs_that_no_tap_has_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(StoreError, match=r"make it with TapSpec\.dense or TapSpec\.boxes"):
+    with pytest.raises(StoreError, match=r"make it with TapSpec\.dense, TapSpec\.boxes or"):
         dataclasses.replace(TAPS["bev_lift"], **changes)
 
 

@@ -14,6 +14,7 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 
 from data.build import build_index
 from data.index import Index
+from data.metrics import MetricsError, evaluate_submission, open_tables
 from data.submission import SampleDetections, SubmissionError, build_submission, write_submission
 
 
@@ -84,6 +85,41 @@ def test_a_skipped_sample_is_submitted_empty(
     assert set(submission["results"]) == set(made_index.tokens("mini_train"))
     _, metrics = evaluate(devkit, "mini_train", submission, tmp_path)
     assert 0 < metrics.mean_ap < 1
+
+
+def noisy(index: Index, split: str) -> dict[str, SampleDetections]:
+    """The truth three times over, moved, with made-up scores."""
+    rng = np.random.default_rng(0)
+    detections = {}
+    for token, found in truth(index, split).items():
+        boxes, labels = np.repeat(found.boxes, 3, axis=0), np.repeat(found.labels, 3)
+        boxes[:, :2] += rng.normal(0, 1, (len(boxes), 2))
+        boxes[:, 6:] += rng.normal(0, 0.5, (len(boxes), 3))
+        detections[token] = SampleDetections(boxes, rng.uniform(size=len(boxes)), labels)
+    return detections
+
+
+@pytest.mark.parametrize(("split", "scene"), [("val[:1]", 0), ("val[-1:]", 1)])
+def test_a_part_scores_as_the_devkits_custom_split_of_its_scenes(
+    city: Path, city_index: Index, split: str, scene: int, tmp_path: Path
+) -> None:
+    for folder in ("v1.0-trainval", "maps"):
+        shutil.copytree(city / folder, tmp_path / folder)
+    custom = {"some_scenes": [city_index.scenes("val")[scene]]}
+    (tmp_path / "v1.0-trainval/splits.json").write_text(json.dumps(custom))
+    nusc = open_tables(tmp_path, "v1.0-trainval")
+    submission = build_submission(noisy(city_index, split), city_index, split, ["camera"])
+    judge, expected = evaluate(nusc, "some_scenes", submission, tmp_path)
+    evaluation = evaluate_submission(nusc, tmp_path / "submission.json", split)
+    assert 0 < evaluation.metrics.mean_ap < 0.9
+    assert {**evaluation.metrics.serialize(), "eval_time": 0} == {**expected.serialize(), "eval_time": 0}
+    assert evaluation.samples == len(judge.sample_tokens) == 2
+    whole = build_submission(noisy(city_index, "val"), city_index, "val", ["camera"])
+    write_submission(whole, tmp_path / "whole.json")
+    with pytest.raises(MetricsError, match=r"split 'val\[.*\]' of 2 keyframes: 0 missing, 2 of other splits"):
+        evaluate_submission(nusc, tmp_path / "whole.json", split)
+    with pytest.raises(MetricsError, match=r"'val\[2:\]' has no scene: 'val' has 2"):
+        evaluate_submission(nusc, tmp_path / "whole.json", "val[2:]")
 
 
 def test_the_best_500_are_kept_and_tensors_are_taken(made_index: Index) -> None:

@@ -1,4 +1,4 @@
-"""Teacher outputs in a batch: boxes follow the sample exactly, maps stay as they are stored."""
+"""Teacher outputs in a batch: boxes and instances follow the sample, maps stay as they are stored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.augment import bev_matrix
-from data.batch import Sample
+from data.augment import bev_matrix, image_matrix
+from data.batch import Batch, Sample, collate
 from data.boxes import transform_boxes
+from data.instances import CameraBatch, ImageInstances, StoredInstances, in_image, pack
 from data.store import Calibration, Encoding, Store, StoreError, StoreIdentity, StoreWriter, TapSpec
 from data.teacher import TaughtDataset, collate_taught
 
@@ -161,3 +162,118 @@ def test_missing_samples_and_taps_are_refused_at_once(store: Store) -> None:
         taught(store, {BOXES}, [*TOKENS, "d"])
     with pytest.raises(StoreError, match="no tap 'pv'"):
         taught(store, {"lidar.pv"})
+
+
+# --- instances
+
+RAW, SIZE, SEEN = (60, 120), (40, 80), (32, 64)  # a raw image's height and width, the segmenter's, the student's
+INSTANCES = "segmenter.inst2d"
+
+
+def found(token: str) -> StoredInstances:
+    """In six cameras 0 to 2 boxes whose masks fill them."""
+    rng = np.random.default_rng(ord(token))
+    cameras = []
+    for number in range(6):
+        boxes = np.array([[8, 10, 30, 36], [40, 12, 70, 30]], np.float32)[: (number + ord(token)) % 3]
+        boxes = boxes + rng.integers(0, 4, (len(boxes), 1)).astype(np.float32)
+        masks = np.zeros((len(boxes), *SIZE), np.uint8)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.astype(int), strict=True):
+            mask[y0:y1, x0:x1] = 1
+        scores = rng.random(len(boxes)).astype(np.float32)
+        arrays = boxes, rng.integers(0, 10, len(boxes)), scores, masks
+        cameras.append(ImageInstances(*map(torch.from_numpy, arrays)))
+    return StoredInstances.of(cameras, np.stack([image_matrix(RAW, SIZE)] * 6), SIZE)
+
+
+def packed(token: str) -> np.ndarray:
+    return pack(found(token))
+
+
+def segmented(folder: Path, outputs: Any = packed) -> Store:
+    taps, identity = {"inst2d": TapSpec.instances()}, StoreIdentity("w", "p", "i", "c", "inst2d")
+    with StoreWriter(folder, identity, taps, TOKENS, 2, {}) as writer:
+        for shard in writer.missing():
+            writer.write(shard, ((token, {"inst2d": outputs(token)}) for token in writer.shards[shard]))
+        writer.finish()
+    return Store.open(folder)
+
+
+class Cameras(torch.utils.data.Dataset):
+    """Samples of two frames with images; frame 1 has another matrix."""
+
+    tokens = TOKENS
+
+    def __len__(self) -> int:
+        return len(TOKENS)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
+        images = torch.zeros(2, 6, 3, *SEEN, dtype=torch.uint8)
+        even = key[1] % 2
+        matrices = [image_matrix(RAW, SEEN, factor=1.1, shift=0.2 * n, flip=n % 2 == even, degrees=n) for n in range(6)]
+        image_aug = torch.from_numpy(np.stack([matrices, [np.eye(3)] * 6])).float()
+        none, token = torch.empty(0), TOKENS[key[2]]
+        return Sample(token, images, none, image_aug, none, torch.eye(4), True, none, none, none, none.long(), none)
+
+
+def cameras_of(folder: Path) -> TaughtDataset:
+    return TaughtDataset(Cameras(), {"segmenter": segmented(folder)}, {INSTANCES})  # type: ignore[arg-type]
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two lists over samples and cameras of instances agree."""
+    return [len(sample) for sample in first] == [len(sample) for sample in second] and all(
+        torch.equal(a, b)
+        for sample, other in zip(first, second, strict=True)
+        for image, same in zip(sample, other, strict=True)
+        for a, b in zip(image, same, strict=True)
+    )
+
+
+def test_instances_follow_the_images_of_the_sample(tmp_path: Path) -> None:
+    dataset = cameras_of(tmp_path)
+    keys = [(0, 5, 2), (0, 6, 0)]
+    batch = collate_taught([dataset[key] for key in keys])
+    matrices = batch.image_aug[:, 0].double().numpy()
+    expected = [in_image(found(token), matrix, SEEN) for token, matrix in zip("ca", matrices, strict=True)]
+    assert equal(batch.teacher[INSTANCES], expected)
+    assert [len(sample) for sample in batch.teacher[INSTANCES]] == [6, 6]
+    assert {len(image.boxes) for sample in batch.teacher[INSTANCES] for image in sample} == {0, 1, 2}
+    for sample in batch.teacher[INSTANCES]:
+        for image in sample:
+            assert image.masks.shape[1:] == batch.images.shape[-2:]
+            for box, mask in zip(image.boxes, image.masks, strict=True):
+                rows, columns = torch.nonzero(mask, as_tuple=True)
+                around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                assert (box - around).abs().max() < 2.5  # turned by up to 5 degrees
+
+
+def test_instances_go_through_a_worker_and_to_a_device(tmp_path: Path) -> None:
+    dataset = cameras_of(tmp_path)
+    keys = [(0, i, i) for i in range(3)]
+    here = collate_taught([dataset[key] for key in keys])
+    loader: Any = torch.utils.data.DataLoader(dataset, sampler=keys, batch_size=3, collate_fn=collate_taught,  # type: ignore[arg-type]
+                                              num_workers=1)
+    there = next(iter(loader))
+    assert isinstance(there.teacher[INSTANCES], CameraBatch)
+    assert equal(here.teacher[INSTANCES], there.teacher[INSTANCES])
+    assert equal(here.teacher[INSTANCES], here.to("cpu").teacher[INSTANCES])
+    moved = here.to("meta").teacher[INSTANCES]
+    assert {part.device.type for sample in moved for image in sample for part in image} == {"meta"}
+
+
+def test_a_plain_list_of_instances_goes_to_a_device(tmp_path: Path) -> None:
+    image = ImageInstances(torch.zeros(1, 4), torch.zeros(1).long(), torch.ones(1), torch.ones(1, 2, 2))
+    batch: Batch = collate([Cameras()[(0, 0, 0)]])
+    batch.teacher[INSTANCES] = [[image] * 6]
+    moved = batch.to("meta").teacher[INSTANCES]
+    assert type(moved[0][5]) is ImageInstances
+    assert moved[0][5].masks.device.type == "meta"
+
+
+def test_what_is_no_packed_instance_is_refused_by_sample(tmp_path: Path) -> None:
+    store = segmented(tmp_path, lambda token: packed(token)[: -1 if token == "b" else None])
+    dataset = TaughtDataset(Cameras(), {"segmenter": store}, {INSTANCES})  # type: ignore[arg-type]
+    assert len(dataset[(0, 0, 0)].teacher[INSTANCES]) == 6
+    with pytest.raises(StoreError, match=r"tap inst2d of sample b: packed instances changed .* extract stage"):
+        dataset[(0, 1, 1)]

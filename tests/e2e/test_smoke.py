@@ -38,7 +38,7 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
     finished = {out: state(project, out) for out in ("outputs/city", "outputs/index")}
     project.repro_until("extract", lambda: shard_of(project, "extract-lidar"))
     finished["outputs/teachers/lidar"] = state(project, "outputs/teachers/lidar")
-    output = project.repro_until("distill", lambda: checkpoint_of(project, "distill-xod-xfd-0"))
+    output = project.repro_until("distill", lambda: checkpoint_of(project, "distill-x3kd-0"))
     finished["outputs/stores/lidar"] = state(project, "outputs/stores/lidar")
     project.run("dvc", "repro")
 
@@ -47,9 +47,9 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
         assert before
         assert state(project, out) == before, f"{out} was made again"
     killed = project.metrics()
-    assert killed.keys() == {"lidar.json", "baseline-0.json", "xod-xfd-0.json"}
-    for text in killed.values():
-        assert {"mAP", "NDS"} <= json.loads(text).keys()
+    assert killed.keys() == {"lidar.json", "instance.json", "baseline-0.json", "x3kd-0.json"}
+    for name, text in killed.items():
+        assert ({"bbox", "mask"} if name == "instance.json" else {"mAP", "NDS"}) <= json.loads(text).keys()
 
     check_report(project)
     check_second_run_does_nothing(project)
@@ -58,13 +58,12 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
 
 
 def make_small(project: Project) -> None:
-    """The smoke profile with two variants, a checkpoint after every step, and small shards: time to be killed in."""
+    """The smoke profile with a checkpoint after every step, and small shards: time to be killed in."""
     project.profile("smoke")
     params = project.root / "params.yaml"
     text = params.read_text()
     for pattern, changed in ((r"train: \{epochs: 1,", "train: {checkpoint_minutes: 0.0, epochs: 2,"),
-                             (r"shard_samples: 8", "shard_samples: 2"),
-                             (r"variants: \[baseline, xod, xfd, xod-xfd\]", "variants: [baseline, xod-xfd]")):
+                             (r"shard_samples: 8", "shard_samples: 2")):
         text, count = re.subn(pattern, changed, text)
         assert count >= 1, pattern
     params.write_text(text)
@@ -74,9 +73,10 @@ def check_report(project: Project) -> None:
     """Every arm is in the page and in the table, and the page needs no network."""
     table = (project.root / "reports/table.md").read_text()
     page = (project.root / "reports/report.html").read_text()
-    for arm in ("lidar", "baseline", "xod-xfd"):
+    for arm in ("lidar", "baseline", "x3kd"):
         assert arm in table
         assert arm in page
+    assert "mask AP" in page
     assert not re.search(r"(src|href)=\"(https?:)?//", page)
 
 
@@ -92,7 +92,7 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     """Another weight of one variant's term reruns that variant and what follows from it, nothing else."""
     params = project.root / "params.yaml"
     text = params.read_text()
-    changed, count = re.subn(r"(?m)^(  xod-xfd: .*xfd: )\*xfd\}", r"\1{<<: *xfd, weight: 0.123}}", text)
+    changed, count = re.subn(r"(?m)^(  x3kd: .*xfd: )\*xfd,", r"\1{<<: *xfd, weight: 0.123},", text)
     assert count == 1
     params.write_text(changed)
     plan = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout
@@ -100,7 +100,7 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     params.write_text(text)
     assert "weight: 0.3 -> 0.123" in plan
     running = {line.split()[0] for line in plan.splitlines() if " run " in line}
-    assert running == {"distill@xod-xfd-0", "evaluate@xod-xfd-0", "report"}
+    assert running == {"distill@x3kd-0", "evaluate@x3kd-0", "report"}
     assert "distill@baseline-0" not in status
     assert "teacher@lidar" not in status
 

@@ -370,6 +370,8 @@ def forge(folder: Path, change: Callable[[dict[str, Any], bytearray], Any]) -> N
         ("boxes", [-64, 44, 44, "0" * 16], "do not lie inside it"),
         ("boxes", [0, -44, -44, "0" * 16], "cannot have"),
         ("boxes", [0, 43, 43, "0" * 16], "cannot have"),
+        ("inst2d", [0, 10**12, 10**12, "0" * 16], "do not lie inside it"),
+        ("inst2d", [0, 64, 65, "0" * 16], "cannot have"),
         ("bev_lift", [0, 512, 10**15, "0" * 16], "cannot have"),
         ("bev_neck", [0, 64, 10**15, "0" * 16], "cannot have"),
         ("bev_neck", [0, 64, 0, "0" * 16], "cannot have"),
@@ -526,7 +528,7 @@ def test_read_only(store: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     shutil.copytree(store, small_disk / "store")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert len(Store.open(small_disk / "store", IDENTITY).read("token-07")) == 4
+    assert len(Store.open(small_disk / "store", IDENTITY).read("token-07")) == 5
     with pytest.raises(StoreError, match=r"cannot be written .*give a writable folder"):
         build(small_disk / "store")
     with pytest.raises(StoreError, match=r"cannot be written .*give a writable folder"):

@@ -58,8 +58,16 @@ def random_batch(batch_size: int = 2, frames: int = 1, boxes: int = 12, stride: 
         boxes=[pair[0] for pair in pairs],
         labels=[pair[1] for pair in pairs],
         depth=torch.rand(batch_size, CAMERAS, height // stride, width // stride, generator=generator) * 20,
+        radar=[random_radar(120, extent, seed + i) for i in range(batch_size)],
         teacher={},
     )
+
+
+def random_radar(count: int, extent: float = 12.8, seed: int = 0) -> Tensor:
+    """RADAR returns [count, 7]."""
+    low = torch.tensor([-extent, -extent, -1.4, -10.0, -15.0, -15.0, 0.0])
+    high = torch.tensor([extent, extent, -0.8, 30.0, 15.0, 15.0, 0.5])
+    return low + torch.rand(count, 7, generator=torch.Generator().manual_seed(seed)) * (high - low)
 
 
 def second(in_channels: int, strides: list[int]) -> dict[str, Any]:
@@ -85,6 +93,16 @@ def lidar_config(**changes: Any) -> dict[str, Any]:
             "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
             "encoder": {"type": "PointwisePillarNet", "feat_channels": [12]},
             "backbone": second(12, [2, 2]), "neck": second_fpn([16, 16], [1, 2]), "head": head_config()} | changes
+
+
+def radar_config(**changes: Any) -> dict[str, Any]:
+    """A small RADAR detector: :func:`lidar_config` over the other sensor."""
+    return lidar_config(type="RadarCenterPoint") | changes
+
+
+RADAR_MAP = {"voxel": {"size": [0.8, 0.8], "max_points": 8, "max_voxels": 500},
+             "encoder": {"type": "PointwisePillarNet", "feat_channels": [6]}}
+"""A camera detector's ``radar``, on the grid itself."""
 
 
 def camera_config(**changes: Any) -> dict[str, Any]:

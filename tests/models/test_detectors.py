@@ -1,4 +1,4 @@
-"""Both detectors: shapes, training signal, and what they may look at."""
+"""All detectors: shapes, training signal, and what they may look at."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ import torch
 
 from models.depth_net import DepthBins, depth_loss
 from models.detector import Detector, build_detector
-from tests.models.factory import camera_config, head_config, lidar_config, random_batch, second, second_fpn
+from tests.models.factory import (
+    RADAR_MAP,
+    camera_config,
+    head_config,
+    lidar_config,
+    radar_config,
+    random_batch,
+    second,
+    second_fpn,
+)
 
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "lidar": (lidar_config(), 1),
     "camera": (camera_config(), 1),
     "camera, two frames": (camera_config(frames=2), 2),
+    "radar": (radar_config(), 1),
+    "camera and radar": (camera_config(radar=RADAR_MAP), 1),
+    "camera and radar, two frames": (camera_config(radar=RADAR_MAP, frames=2), 2),
 }
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from models.center_head import REGRESSION
-from models.detector import Detector, Prediction, build_detector
+from models.detector import Detector, Prediction, build_detector, head_map
 from models.distill import Recipe, TermConfig
 from models.distill.adapters import ADAPTERS
 from models.distill.masks import MASKS
-from tests.models.factory import camera_config, lidar_config, random_batch, random_boxes
+from tests.models.factory import CAMERAS, IMAGE, camera_config, lidar_config, random_batch, random_boxes
 
 CLS = {"student": "head", "teacher": "lidar.boxes", "mask": {"kind": "teacher_conf", "threshold": 0.3},
        "distance": "qfl", "weight": 1.0}
@@ -23,6 +25,24 @@ REG = CLS | {"distance": "sl1", "weight": 0.25}
 XFD = {"student": "bev_neck", "teacher": "lidar.bev_lift", "mask": {"kind": "balanced"},
        "adapter": {"kind": "decoder"}, "distance": "l1", "weight": 0.3}
 DIRECT = XFD | {"adapter": {"kind": "id"}, "distance": "l2", "mask": {"kind": "none"}}
+FLAT = REG | {"mask": {"kind": "teacher_conf", "threshold": 0.3, "weighted": False}}
+DENSE = {"teacher": "online.head", "mask": {"kind": "teacher_conf", "threshold": 0.3}}
+XAT = {"student": "bev_neck", "teacher": "lidar.bev_lift", "adapter": {"kind": "grl_disc", "width": 8},
+       "distance": "bce_adv", "weight": 0.1}
+XIS = {"student": "pv", "teacher": "instance.inst2d", "mask": {"kind": "teacher_conf", "threshold": 0.5},
+       "adapter": {"kind": "mask_rcnn", "width": 16}, "distance": "maskrcnn", "weight": 0.3}
+TERMS = {
+    "xod_cls": CLS, "xod_gfl": CLS | {"distance": "gfl"}, "xod_reg": REG, "xod_reg_flat": FLAT,
+    "xod_dense_cls": CLS | DENSE, "xod_dense_gfl": CLS | DENSE | {"distance": "gfl"}, "xod_dense_reg": REG | DENSE,
+    "xod_dense_flat": FLAT | DENSE | {"mask": FLAT["mask"]},
+    "xfd": XFD, "xfd_all": XFD | {"mask": {"kind": "none"}},
+    "xfd_direct": XFD | {"mask": {"kind": "none"}, "adapter": {"kind": "conv1x1"}},
+    "xfd_gauss": XFD | {"mask": {"kind": "gt_gauss"}}, "xat": XAT, "xis": XIS,
+}
+"""One of each kind of X³KD's terms."""
+AGREEING = [name for name, term in TERMS.items() if name.startswith("xod") and term["distance"] != "gfl"]
+"""Terms on outputs that vanish at agreement; gfl pulls peaks to 1 whatever the teacher's score is."""
+HEAD_CHANNELS = 70
 SIZE = 32
 
 
@@ -33,8 +53,9 @@ def student() -> Detector:
 
 
 def recipe(student: Detector, teacher_channels: int = 12, std: Tensor | None = None, **terms: dict[str, Any]) -> Recipe:
+    channels = {"lidar.bev_lift": teacher_channels, "online.head": HEAD_CHANNELS}
     return Recipe({name: TermConfig(**term) for name, term in terms.items()}, student.targets, student.tap_channels,
-                  {"lidar.bev_lift": teacher_channels}, None if std is None else {"lidar.bev_lift": std})
+                  channels, None if std is None else {"lidar.bev_lift": std}, stride=8)
 
 
 def teacher_boxes(count: int, seed: int = 5) -> Tensor:
@@ -47,7 +68,22 @@ def teacher_outputs(batch: Any, channels: int = 12, count: int = 10) -> dict[str
     generator = torch.Generator().manual_seed(1)
     lift = torch.randn(len(batch.boxes), channels, SIZE, SIZE, generator=generator).relu()
     lift = lift * (torch.rand(len(batch.boxes), 1, SIZE, SIZE, generator=generator) < 0.3)
-    return {"lidar.boxes": [teacher_boxes(count, 5 + i) for i in range(len(batch.boxes))], "lidar.bev_lift": lift}
+    return {"lidar.boxes": [teacher_boxes(count, 5 + i) for i in range(len(batch.boxes))], "lidar.bev_lift": lift,
+            "online.head": 2 * torch.randn(len(batch.boxes), HEAD_CHANNELS, SIZE, SIZE, generator=generator) - 1,
+            "instance.inst2d": [[instances(min(count, 3), seed=9 * i + j) for j in range(CAMERAS)]
+                                for i in range(len(batch.boxes))]}
+
+
+def instances(count: int, seed: int) -> Any:
+    """A teacher's instances of one image: boxes filled by their masks, the first with the best score."""
+    draw = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
+    low = (draw[:, :2] * torch.tensor([IMAGE[1] - 16.0, IMAGE[0] - 16.0])).floor()
+    boxes = torch.cat([low, low + 8 + (8 * draw[:, 2:]).floor()], 1)
+    masks = torch.zeros(count, *IMAGE, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = 1
+    scores = torch.linspace(0.9, 0.55, count)
+    return SimpleNamespace(boxes=boxes, labels=torch.arange(count), scores=scores, masks=masks)
 
 
 def agreeing(student: Detector, boxes: list[Tensor], threshold: float = 0.3) -> Prediction:
@@ -70,26 +106,159 @@ def agreeing(student: Detector, boxes: list[Tensor], threshold: float = 0.3) -> 
     return Prediction(head, {})
 
 
-def test_box_terms_are_zero_where_the_student_agrees(student: Detector) -> None:
-    batch = random_batch()
+@pytest.mark.parametrize("name", AGREEING)
+def test_terms_on_outputs_are_zero_where_the_student_agrees(student: Detector, name: str) -> None:
     boxes = [teacher_boxes(6, 1), teacher_boxes(4, 2)]
-    terms = recipe(student, cls=CLS, reg=REG)
-    losses = terms(agreeing(student, boxes), {"lidar.boxes": boxes}, batch, 0.0)
-    assert losses["cls"] < 1e-6
-    assert losses["reg"] < 1e-6
+    head = agreeing(student, boxes).head
+    if "dense" in name:  # what is below the threshold is background
+        head = [task | {"heatmap": task["heatmap"].masked_fill(task["heatmap"].sigmoid() <= 0.3, -30.0)}
+                for task in head]
+    outputs = {"lidar.boxes": boxes, "online.head": head_map(head)}
+    terms = recipe(student, x=TERMS[name])
+    assert terms(Prediction(head, {}), outputs, random_batch(), 0.0)["x"] < 1e-6
+    moved = [{key: value + 0.5 for key, value in task.items()} for task in head]
+    assert terms(Prediction(moved, {}), outputs, random_batch(), 0.0)["x"] > 1e-3
 
 
-@pytest.mark.parametrize("name", ["qfl", "gfl", "sl1", "l1", "l2"])
-def test_box_terms_teach_the_student_only(student: Detector, name: str) -> None:
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_teaches_the_student_and_its_own_modules_only(student: Detector, name: str) -> None:
     batch = random_batch()
     outputs = teacher_outputs(batch)
     outputs["lidar.boxes"] = [boxes.requires_grad_() for boxes in outputs["lidar.boxes"]]
+    leaves = [*outputs["lidar.boxes"], outputs["lidar.bev_lift"].requires_grad_(),
+              outputs["online.head"].requires_grad_()]
+    torch.manual_seed(3)
+    terms = recipe(student, x=TERMS[name])
     student.zero_grad()
-    loss = recipe(student, term=CLS | {"distance": name})(student(batch), outputs, batch, 0.0)["term"]
-    loss.backward()
-    assert loss > 0
-    assert student.head.shared_conv.conv.weight.grad.abs().sum() > 0
-    assert all(boxes.grad is None for boxes in outputs["lidar.boxes"])
+    prediction = student(batch, terms.student_taps)
+    losses = terms(prediction, outputs, batch, 0.5)
+    assert {key for key in losses if not key.startswith("watch/")} == {"x"}
+    losses["x"].backward()
+    assert losses["x"] > 0
+    assert student.image_backbone.conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in terms.parameters())
+    assert all(leaf.grad is None for leaf in leaves)
+    assert (student.head.shared_conv.conv.weight.grad is not None) == (TERMS[name]["student"] == "head")
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_is_finite_without_any_box(student: Detector, name: str) -> None:
+    batch = random_batch(boxes=0)
+    outputs = teacher_outputs(batch, count=0) | {"online.head": torch.full((2, HEAD_CHANNELS, SIZE, SIZE), -9.0)}
+    terms = recipe(student, x=TERMS[name])
+    prediction = student(batch, terms.student_taps)
+    losses = terms(prediction, outputs, batch, 0.5)
+    losses["x"].backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in terms.parameters())
+    if TERMS[name]["distance"] in ("sl1", "maskrcnn"):
+        assert losses["x"] == 0
+
+
+def brute_force(student: list[dict[str, Tensor]], teacher: Tensor, term: dict[str, Any]) -> float:
+    """The dense reading cell by cell, in numpy; of each task the head has ten codes, then the classes."""
+    threshold, weighted = term["mask"]["threshold"], term["mask"].get("weighted", True)
+    ours, theirs = (maps.double().detach().numpy() for maps in (head_map(student), teacher))
+    total, count, start = 0.0, 0.0, 0
+    for task in student:
+        classes = task["heatmap"].shape[1]
+        code, heat = slice(start, start + 10), slice(start + 10, start + 10 + classes)
+        start += 10 + classes
+        score = 1 / (1 + np.exp(-theirs[:, heat]))
+        score[score <= threshold] = 0
+        if term["distance"] == "sl1":
+            weight = score.max(1) if weighted else (score.max(1) > 0).astype(float)
+            error = np.abs(ours[:, code] - theirs[:, code])
+            total += (np.where(error < 1, error**2 / 2, error - 0.5).sum(1) * weight).sum()
+            count += weight.sum()
+            continue
+        p = 1 / (1 + np.exp(-ours[:, heat]))
+        for sample, label, y, x in np.ndindex(*score.shape):
+            target, own = score[sample, label, y, x], p[sample, label, y, x]
+            near = score[sample, label, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+            peak = target > 0 and target == near.max()
+            count += peak
+            if term["distance"] == "qfl":
+                total += (own - target) ** 2 * -(target * np.log(own) + (1 - target) * np.log(1 - own))
+            elif peak:
+                total += -target * (1 - own) ** 2 * np.log(own)
+            else:
+                total += -((1 - target) ** 4) * own**2 * np.log(1 - own)
+    return total / max(count, 1.0)
+
+
+@pytest.mark.parametrize("name", ["xod_dense_cls", "xod_dense_gfl", "xod_dense_reg", "xod_dense_flat"])
+def test_the_dense_reading_is_its_formula(student: Detector, name: str) -> None:
+    """From logits on both sides: probabilities taken for logits would give other numbers."""
+    batch = random_batch(batch_size=1)
+    prediction, teacher = student(batch), teacher_outputs(batch)["online.head"]
+    found = recipe(student, x=TERMS[name] | {"weight": 1.0})(prediction, {"online.head": teacher}, batch, 0.0)["x"]
+    assert float(found) == pytest.approx(brute_force(prediction.head, teacher, TERMS[name]), rel=1e-4)
+
+
+def test_both_readings_of_the_regression_agree_on_peaks(student: Detector) -> None:
+    batch = random_batch(batch_size=1)
+    boxes = teacher_boxes(1)
+    boxes[:, 9] = 0.9
+    teacher = agreeing(student, [boxes])
+    alone = {"mask": {"kind": "teacher_conf", "threshold": 0.89}, "weight": 1.0}  # the Gaussian's centre and no more
+    terms = recipe(student, boxes=REG | alone, dense=REG | DENSE | alone)
+    losses = terms(student(batch), {"lidar.boxes": [boxes], "online.head": head_map(teacher.head)}, batch, 0.0)
+    torch.testing.assert_close(losses["boxes"], losses["dense"])
+
+
+def test_what_a_teacher_says_below_the_threshold_has_no_effect(student: Detector) -> None:
+    batch = random_batch()
+    prediction, outputs = student(batch, ["pv"]), teacher_outputs(batch)
+    chosen = [name for name in TERMS if name.startswith(("xod", "xis"))]
+    terms = recipe(student, **{name: TERMS[name] for name in chosen})
+    torch.manual_seed(0)
+    before = terms(prediction, outputs, batch, 0.0)
+    unsure = teacher_boxes(4, 8)
+    unsure[:, 9] = 0.29
+    maps, start = outputs["online.head"].clone(), 0
+    for size in student.targets.task_sizes:
+        heat = maps[:, start + 10 : start + 10 + size]
+        quiet = heat.sigmoid() <= 0.3
+        maps[:, start : start + 10] += 100 * quiet.all(1, keepdim=True)
+        heat[quiet] = -5.0
+        start += 10 + size
+    doubtful = [[extended(image) for image in cameras] for cameras in outputs["instance.inst2d"]]
+    torch.manual_seed(0)
+    after = terms(prediction, {"lidar.boxes": [torch.cat([b, unsure]) for b in outputs["lidar.boxes"]],
+                               "online.head": maps, "instance.inst2d": doubtful}, batch, 0.0)
+    assert before == after
+
+
+def extended(image: Any) -> Any:
+    """One more instance of which the teacher is not sure."""
+    more = instances(1, seed=99)
+    more.scores[:] = 0.49
+    return SimpleNamespace(**{key: torch.cat([value, vars(more)[key]]) for key, value in vars(image).items()})
+
+
+@pytest.mark.parametrize("name", ["xod_dense_cls", "xod_dense_gfl", "xod_dense_reg"])
+def test_head_cells_without_a_source_have_no_effect(student: Detector, name: str) -> None:
+    batch = random_batch()
+    outputs = teacher_outputs(batch)
+    valid = torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2)) < 0.5
+    valid = torch.nn.functional.max_pool2d(valid.float(), 5, 1, 2) < 1  # apart, as a peak looks at its neighbours
+    head = student(batch).head
+    disturbed = [{key: torch.where(valid, value, value + 7) for key, value in task.items()} for task in head]
+    terms = recipe(student, x=TERMS[name])
+    losses = [terms(Prediction(maps, {}), outputs | {"online.head.valid": valid}, batch, 0.0)["x"]
+              for maps in (head, disturbed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_flat_regression_counts_every_box_alike(student: Detector) -> None:
+    batch = random_batch(batch_size=1)
+    boxes = teacher_boxes(2)
+    boxes[:, 9] = torch.tensor([0.9, 0.45])
+    terms = recipe(student, x=FLAT | {"weight": 1.0})
+    both, one, two = (terms(student(batch), {"lidar.boxes": [chosen]}, batch, 0.0)["x"]
+                      for chosen in (boxes, boxes[:1], boxes[1:]))
+    torch.testing.assert_close(both, (one + two) / 2)
 
 
 def test_boxes_below_the_threshold_do_not_count(student: Detector) -> None:
@@ -114,15 +283,6 @@ def test_confident_boxes_weigh_more_in_the_regression(student: Detector) -> None
                       for chosen in (boxes, boxes[:1], boxes[1:]))
     # Alone, a box's score divides out up to 1: sums of score-weighted distances.
     assert both == pytest.approx((one + two) / 1.35, rel=1e-4)
-
-
-def test_terms_are_finite_without_any_box(student: Detector) -> None:
-    batch = random_batch(boxes=0)
-    outputs = teacher_outputs(batch, count=0)
-    losses = recipe(student, cls=CLS, gfl=CLS | {"distance": "gfl"}, reg=REG, xfd=XFD,
-                    gauss=XFD | {"mask": {"kind": "gt_gauss"}})(student(batch, ["bev_neck"]), outputs, batch, 0.0)
-    assert all(torch.isfinite(value) for value in losses.values())
-    assert losses["reg"] == 0
 
 
 def test_map_terms_are_zero_where_the_student_agrees(student: Detector) -> None:
@@ -226,37 +386,69 @@ def test_a_recipe_says_which_taps_it_needs_and_which_are_missing(student: Detect
 
 
 def test_no_train_only_module_is_in_the_student_and_the_teacher_stays(student: Detector) -> None:
-    """One distillation step with an online teacher: what may change does, what may not does not."""
+    """One step of all terms with an online teacher: what may change does, what may not does not."""
     teacher = build_detector(lidar_config()).eval().requires_grad_(False)
     learner = copy.deepcopy(student)
     names = set(learner.state_dict())
     count = sum(p.numel() for p in learner.parameters())
-    terms = recipe(learner, cls=CLS | {"mask": {"kind": "none"}}, reg=REG | {"mask": {"kind": "none"}}, xfd=XFD)
+    terms = recipe(learner, **TERMS)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    adapters = [p.clone() for p in terms.parameters()]
+    own = [p.clone() for p in terms.parameters()]
     optimiser = torch.optim.SGD([*learner.parameters(), *terms.parameters()], 0.1)
     batch = random_batch()
     with torch.no_grad():
-        prediction = teacher(batch, ["bev_lift"])
+        prediction = teacher(batch, ["bev_lift", "head"])
     boxes = [torch.cat([d.boxes, d.scores[:, None], d.labels[:, None]], 1) for d in teacher.decode(prediction)]
-    outputs = {"lidar.boxes": boxes, "lidar.bev_lift": prediction.taps["bev_lift"]}
-    losses = terms(learner(batch, terms.student_taps), outputs, batch, 0.0)
-    sum(losses.values()).backward()  # type: ignore[union-attr]
+    outputs = teacher_outputs(batch) | {"lidar.boxes": boxes, "lidar.bev_lift": prediction.taps["bev_lift"],
+                                        "online.head": prediction.taps["head"]}
+    losses = terms(learner(batch, terms.student_taps), outputs, batch, 0.5)
+    torch.stack([value for name, value in losses.items() if name in TERMS]).sum().backward()
     optimiser.step()
-    assert set(losses) == {"cls", "reg", "xfd"}
+    assert {name for name in losses if not name.startswith("watch/")} == set(TERMS)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
-    assert any(not torch.equal(p, q) for p, q in zip(terms.parameters(), adapters, strict=True))
+    assert all(not torch.equal(p, q) for p, q in zip(terms.parameters(), own, strict=True))
     assert set(learner.state_dict()) == names
     assert sum(p.numel() for p in learner.parameters()) == count
+    assert not {id(p) for p in learner.parameters()} & {id(p) for p in terms.parameters()}
+
+
+def test_watched_values_are_named_after_term_and_value(student: Detector) -> None:
+    batch = random_batch()
+    terms = recipe(student, one=XAT, late=XAT | {"start": 0.5})
+    losses = terms(student(batch, terms.student_taps), teacher_outputs(batch), batch, 0.25)
+    assert set(losses) == {"one", "late", *(f"watch/{n}/{v}" for n in ("one", "late") for v in ("accuracy", "grl"))}
+    assert losses["late"] == losses["watch/late/grl"] == 0
+    assert losses["watch/one/grl"] > 0.8
+    assert not any(value.requires_grad for name, value in losses.items() if name.startswith("watch/"))
+
+
+def test_a_head_of_other_tasks_or_another_grid_is_named(student: Detector) -> None:
+    config = {"x": TermConfig(**CLS | DENSE)}
+    with pytest.raises(ValueError, match=r"'online\.head' has 60 channels, the student's head 70: .*the same tasks"):
+        Recipe(config, student.targets, student.tap_channels, {"online.head": 60})
+    batch = random_batch()
+    with pytest.raises(ValueError, match=r"is \[2, 70, 16, 16\], the student's head \[2, 70, 32, 32\]"):
+        recipe(student, x=CLS | DENSE)(student(batch), {"online.head": torch.zeros(2, 70, 16, 16)}, batch, 0.0)
+
+
+def test_instances_need_a_student_with_images(student: Detector) -> None:
+    with pytest.raises(ValueError, match=r"term 'x': .*no image neck"):
+        Recipe({"x": TermConfig(**XIS)}, student.targets, {"bev_neck": 32}, {})
 
 
 @pytest.mark.parametrize(("term", "message"), [
-    (CLS | {"student": "bev_neck"}, "term 'x': teacher boxes compare with the student's head"),
-    (CLS | {"mask": {"kind": "balanced"}}, "does not apply to boxes"),
-    (CLS | {"adapter": {"kind": "decoder"}}, "does not apply to boxes"),
+    (CLS | {"student": "bev_neck"}, "term 'x': a teacher's output compares with .* head, not with its tap 'bev_neck'"),
+    (CLS | {"mask": {"kind": "balanced"}}, "does not apply to outputs"),
+    (CLS | {"adapter": {"kind": "decoder"}}, "does not apply to outputs"),
     (XFD | {"mask": {"kind": "teacher_conf"}}, "mask 'teacher_conf' does not apply to dense maps"),
     (XFD | {"distance": "qfl"}, "distance 'qfl' does not apply to dense maps"),
+    (CLS | {"distance": "bce_adv"}, "distance 'bce_adv' does not apply to outputs"),
+    (XAT | {"student": "head"}, "the student has no dense tap 'head'"),
+    (XAT | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv"),
+    (CLS | DENSE | {"mask": {"kind": "none"}}, "mask 'none' does not apply to head maps: use teacher_conf"),
+    (CLS | {"teacher": "other.head"}, r"the store has no dense tap 'other\.head'"),
+    (XIS | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
     (XFD | {"adapter": {"kind": "id"}}, "keeps the student's 32 channels, the teacher's tap has 12"),
     (XFD | {"student": "bev_prev"}, "the student has no dense tap 'bev_prev'"),
     (XFD | {"teacher": "fusion.bev_fused"}, r"the store has no dense tap 'fusion\.bev_fused'"),

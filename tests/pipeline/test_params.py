@@ -31,6 +31,8 @@ TAPS = "stores__lidar__taps"
 MAPS = {"serve": "cached-warp"}
 ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve": "online"}}}
 
+SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_size": 1, "lr": 1.0}}
+
 
 @pytest.mark.parametrize(
     ("changes", "parts"),
@@ -45,7 +47,7 @@ ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve"
             {"variants__xod__terms": {"cls": BOXES | {"teacher": "lidar.box"}}},
             ["variants.xod.terms.cls.teacher", "lidar.box", "did you mean 'boxes'"],
         ),
-        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown store", "allowed: lidar"]),
+        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown store", "allowed: instance"]),
         ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
         ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
         ({"study__stores": []}, ["variants.xod.terms.", "needs store 'lidar' in study.stores []"]),
@@ -64,7 +66,7 @@ ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve"
         ),
         ({"stores__lidar__teacher": "lydar"}, ["stores.lidar.teacher", "'lydar'", "did you mean 'lidar'"]),
         ({f"{TAPS}__boxes": MAPS}, ["stores.lidar: taps.boxes", "'cached-warp'", "allowed: cached-exact, online"]),
-        ({f"{TAPS}__boxes": {"serve": "online", "halo": 0.0, "dtype": "int8"}}, ["take no dtype, halo"]),
+        ({f"{TAPS}__boxes": {"serve": "online", "halo": 0.0, "dtype": "int8"}}, ["stored exactly", "no dtype, halo"]),
         ({f"{TAPS}__bev_neck": {"serve": "cached-exact"}}, ["taps.bev_neck", "allowed: cached-warp, online"]),
         ({f"{TAPS}__head": MAPS}, ["taps.head", "'cached-warp'", "allowed: online"]),
         ({f"{TAPS}__bev_lift": MAPS | {"dtype": "int4"}}, ["taps.bev_lift.dtype", "'int4'", "int8"]),
@@ -78,6 +80,27 @@ ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve"
         ({"grid__z": [5.0, 3.0]}, ["grid", "[5.0, 3.0]", "lowest"]),
         ({"grid__range": 51.3}, ["grid", "51.3", "whole number"]),
         ({"teachers__lidar__train__lr": -1}, ["teachers.lidar.train.lr", "-1", "greater than 0"]),
+        ({"teachers__lidar__train__milestones": [0.5]}, ["milestones [0.5] with schedule 'one_cycle'"]),
+        (
+            {"teachers__lidar__train__schedule": "multi_step", "teachers__lidar__train__milestones": [0.9, 0.5]},
+            ["milestones [0.9, 0.5] must ascend"],
+        ),
+        ({"students__camera__start": {"teacher": "stert"}}, ["students.camera.start.teacher", "did you mean 'start'"]),
+        ({"students__camera__start": {"teacher": "start"}}, ["variants.baseline", "study.teachers ['lidar'] lacks"]),
+        ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
+        ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
+        ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
+        (
+            {"study__stores": ["lidar", "instance"]},
+            ["study.stores: 'instance' needs teacher 'instance' in study.segmenters []"],
+        ),
+        ({"stores__instance__taps": {"boxes": {"serve": "cached-exact"}}}, ["stores.instance.taps: boxes", "inst2d"]),
+        ({f"{TAPS}__inst2d": {"serve": "cached-exact"}}, ["stores.lidar.taps", "other teachers have no inst2d"]),
+        ({"stores__instance__taps__inst2d__serve": "online"}, ["taps.inst2d", "'online'", "allowed: cached-exact"]),
+        (
+            {"data__instances": None, "study__segmenters": ["instance"]},
+            ["data.instances: missing", "study.segmenters ['instance']"],
+        ),
         ({"teachers__lidar__train__warmup": 1.5}, ["warmup", "1.5", "less than 1"]),
         ({"input__image__size": [128, 360]}, ["input", "[128, 360]", "multiples of 32"]),
         ({"input__depth_stride": 48}, ["multiples of 96", "depth_stride is 48"]),

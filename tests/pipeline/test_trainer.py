@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import CheckpointError
 from pipeline.ema import EMA, ema_decay
+from pipeline.errors import PipelineError
 from pipeline.sampler import Key, StepBatches, epoch_order
 from pipeline.schedule import learning_rate
 from pipeline.trainer import NonFiniteError, Preempted, parameter_groups, train
@@ -36,6 +37,7 @@ def fit(
     data: Any = None,
     tracker: Any = None,
     seed: int = 7,
+    classes: Any = None,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """Train the toy; `stop_after` asks it to stop after so many steps of this call."""
@@ -49,6 +51,7 @@ def fit(
         scratch=folder,
         tracker=tracker or Recorder(),
         stop=lambda: next(asked) == stop_after,
+        classes=classes,
     )
 
 
@@ -226,6 +229,77 @@ def test_mixed_precision_leaves_the_batch_in_float32(tmp_path: Path) -> None:
     task = PrecisionTask()
     fit(tmp_path, task=task, precision="bf16-mixed", epochs=1)
     assert task.seen == [torch.float32, torch.float32, torch.bfloat16]
+
+
+class WatchingTask(ToyTask):
+    """Adds values that are only looked at; the first would rule the loss, the second stop the run."""
+
+    def loss(self, batch: ToyBatch, progress: float) -> dict[str, Tensor]:
+        huge = 1e6 * self.module[0].weight.sum()
+        return super().loss(batch, progress) | {"watch/toy/huge": huge, "watch/toy/nan": huge * torch.nan}
+
+
+def test_watched_values_are_logged_and_not_minimised(tmp_path: Path) -> None:
+    tracker = Recorder()
+    plain, watched = fit(tmp_path / "a"), fit(tmp_path / "b", task=WatchingTask(), tracker=tracker)
+    assert weights_digest(watched) == weights_digest(plain)
+    for line, other in zip(trace(tmp_path / "b"), trace(tmp_path / "a"), strict=True):
+        assert {name: line[name] for name in other} == other  # the loss and its gradient's norm among them
+        assert abs(line["watch/toy/huge"]) > 1e3
+        assert math.isnan(line["watch/toy/nan"])
+    assert "train/watch/toy/huge" in tracker.metrics[0][1]
+
+
+def test_a_module_can_do_without_weight_decay() -> None:
+    free = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 3))
+    free.weight_decay = False
+    module = nn.ModuleDict({"free": free, "other": nn.Linear(3, 2)})
+    decayed, rest = parameter_groups(module, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(module["other"].weight)]
+    assert {id(p) for p in rest["params"]} == {id(p) for p in free.parameters()} | {id(module["other"].bias)}
+
+
+# --- balance and milestones
+
+
+class SeenTask(ToyTask):
+    """Remembers the samples of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[str]] = []
+
+    def loss(self, batch: ToyBatch, progress: float) -> dict[str, Tensor]:
+        self.seen.append(batch.tokens)
+        return super().loss(batch, progress)
+
+
+def test_balanced_training_draws_from_the_classes(tmp_path: Path) -> None:
+    classes = [{0}] * 20 + [{1}, set()]  # a class that one sample holds, and a sample without any
+    whole, parts, tracker = SeenTask(), SeenTask(), Recorder()
+    state = fit(tmp_path / "whole", task=whole, balanced=True, classes=lambda: classes, tracker=tracker)
+    tokens = [token for step in whole.seen for token in step]
+    assert len(tokens) == 3 * 20  # 21 pairs over two classes: 10 draws for each of them
+    assert tokens.count("token-20") == 30
+    assert "token-21" not in tokens
+    assert tracker.metrics[-1][1]["epoch"] == 3
+    with pytest.raises(Preempted):
+        fit(tmp_path / "parts", task=parts, balanced=True, classes=lambda: classes, stop_after=7)
+    resumed = fit(tmp_path / "parts", task=parts, balanced=True, classes=lambda: classes)
+    assert parts.seen == whole.seen
+    assert weights_digest(resumed) == weights_digest(state)
+
+
+def test_balanced_training_needs_classes(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"train: train\.balanced needs samples with classes"):
+        fit(tmp_path, balanced=True)
+    fit(tmp_path, classes=lambda: pytest.fail("asked for"))  # not where training is not balanced
+
+
+def test_milestones_lower_the_rate(tmp_path: Path) -> None:
+    fit(tmp_path, schedule="multi_step", milestones=[0.4, 0.8], warmup=0.0, lr=0.01)
+    rates = [line["lr"] for line in trace(tmp_path)]
+    assert rates == pytest.approx([0.01] * 6 + [0.001] * 6 + [0.0001] * 3)
 
 
 def test_biases_and_norms_have_no_weight_decay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,16 +14,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.index import Index
 from data.store import StaleStoreError, Store, StoreError
 from data.teacher import TaughtDataset
 from models.detector import build_detector
 from models.distill import TermConfig
 from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
+from pipeline.params import ImportParams, Params, TeacherStart, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
+from pipeline.trainer import WATCHED, minimised
 from stages import distill, extract
-from stages.distill import Distillation, make_recipe, open_sources, tap_statistics, taught_dataset
+from stages.distill import (
+    Distillation,
+    make_recipe,
+    open_sources,
+    samples_of,
+    start_as_set,
+    tap_statistics,
+    taught,
+)
+from stages.weights import checksum_of, save_detector
 from tests.models.factory import GRID, camera_config
 from tests.stages.untrained import make_root
 
@@ -36,7 +48,7 @@ STORES = {
     "exact": {"boxes": BOXES, "bev_lift": EXACT},
     "half": {"boxes": BOXES, "bev_lift": EXACT | {"dtype": "float16"}},
     "small": {"bev_lift": SMALL | {"halo": HALO}},
-    "live": {"boxes": ONLINE, "bev_lift": ONLINE},
+    "live": {"boxes": ONLINE, "bev_lift": ONLINE, "head": ONLINE},
     "mixed": {"boxes": BOXES, "bev_lift": ONLINE},
 }
 STILL = {"flip_x": 0.0, "flip_y": 0.0, "rotate": 0.0, "scale": [1.0, 1.0]}
@@ -47,11 +59,19 @@ KINDS = {
     "reg": {"student": "head", "mask": BOX_MASK, "distance": "sl1", "weight": 0.25},
     "xfd": {"student": "bev_neck", "mask": {"kind": "balanced"}, "adapter": {"kind": "decoder"}, "distance": "l1",
             "weight": 0.3},
+    "xat": {"student": "bev_neck", "adapter": {"kind": "grl_disc", "width": 8}, "distance": "bce_adv", "weight": 0.1},
 }  # fmt: skip
+DENSE = {f"dense_{kind}": KINDS[kind] for kind in ("cls", "reg")}
+TAPS = {"cls": "boxes", "reg": "boxes", "xfd": "bev_lift", "xat": "bev_lift", "dense_cls": "head", "dense_reg": "head"}
 
 
 def terms_of(store: str, *kinds: str) -> dict[str, Any]:
-    return {kind: KINDS[kind] | {"teacher": f"{store}.{'bev_lift' if kind == 'xfd' else 'boxes'}"} for kind in kinds}
+    return {kind: (KINDS | DENSE)[kind] | {"teacher": f"{store}.{TAPS[kind]}"} for kind in kinds}
+
+
+def kinds_of(store: str) -> list[str]:
+    """The terms that a store has taps for."""
+    return [kind for kind, tap in TAPS.items() if tap in STORES[store]]
 
 
 def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
@@ -60,8 +80,7 @@ def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
         name: {"teacher": "lidar", "score_threshold": 0.1, "taps": taps} for name, taps in STORES.items()
     }
     raw["variants"] = {
-        f"from-{name}": {"student": "camera", "terms": terms_of(name, *(["xfd"] if name == "small" else KINDS))}
-        for name in STORES
+        f"from-{name}": {"student": "camera", "terms": terms_of(name, *kinds_of(name))} for name in STORES
     } | {"baseline": {"student": "camera", "terms": {}}}
     raw["students"]["camera"]["model"] = camera_config()
     raw["study"] |= {"variants": [], "stores": ["exact", "half", "small", "mixed"]}
@@ -105,14 +124,15 @@ def set_up(root: Path, params: Params, store: str, *kinds: str) -> tuple[Distill
     torch.manual_seed(1)
     student = build_detector(camera_config())
     task = Distillation(student, make_recipe(student, terms, statistics), sources)
-    dataset, collate = taught_dataset(context, student, task.recipe, sources, seed=0)
+    dataset, collate = taught(samples_of(context, student, sources, seed=0), task.recipe, sources)
     keys = [(0, i, i) for i in range(SAMPLES)]
     return task, list(DataLoader(dataset, 2, sampler=keys, collate_fn=collate))  # type: ignore[arg-type]
 
 
 def losses(root: Path, params: Params, store: str, *kinds: str) -> Tensor:
     task, batches = set_up(root, params, store, *kinds)
-    return torch.stack([torch.stack(list(task.loss(batch, 0.5).values())) for batch in batches]).detach()
+    found = [task.loss(batch, 0.5) for batch in batches]
+    return torch.stack([torch.stack([terms[name] for name in minimised(terms)]) for terms in found]).detach()
 
 
 def test_cached_and_online_losses_agree_without_augmentation(root: Path) -> None:
@@ -181,6 +201,56 @@ def test_only_the_student_trains_and_is_exported(
     assert {name for name in saved if not name.startswith("optimizer/")} <= allowed
     parameters = sum(1 for _ in task.module.parameters())
     assert {int(name.split("/")[1]) for name in saved if name.startswith("optimizer/")} == set(range(parameters))
+    steps = [json.loads(line) for line in (context.scratch / "trace.jsonl").read_text().splitlines()]
+    terms = {f"distill/{kind}" for kind in kinds_of(store)}
+    watched = {f"{WATCHED}xat/{what}" for what in ("accuracy", "grl")} if "xat" in kinds_of(store) else set()
+    for step in steps:
+        assert {name for name in step if name.startswith(("distill/", "watch/"))} == terms | watched
+        assert step["loss"] == pytest.approx(sum(step[name] for name in {"heatmap", "box", "depth"} | terms), rel=1e-5)
+
+
+def test_without_truth_a_student_learns_from_its_teachers_and_from_depth(root: Path) -> None:
+    variant = {"variants": {"blind": {"student": "camera", "truth": False, "terms": terms_of("live", "cls", "reg")}}}
+    context = context_of(root, parse(**variant), "distill", "blind-0")
+    distill.run(context)
+    steps = [json.loads(line) for line in (context.scratch / "trace.jsonl").read_text().splitlines()]
+    names = {"step", "loss", "depth", "distill/cls", "distill/reg", "grad_norm", "lr"}
+    assert all(step.keys() == names for step in steps)
+    headless = {"variants": {"blind": {"student": "camera", "truth": False, "terms": terms_of("live", "xfd")}}}
+    with pytest.raises(StageError, match="variant 'blind': with truth false its head needs a term"):
+        distill.run(context_of(root, parse(**headless), "distill", "blind-1"))
+
+
+def test_a_student_starts_from_a_teacher_or_a_folder_or_from_its_seed(root: Path) -> None:
+    torch.manual_seed(9)
+    save_detector(root / "outputs/teachers/start", camera_config(), build_detector(camera_config()).state_dict())
+    weights = load_file(root / "outputs/teachers/start/model.safetensors")
+    checksum = checksum_of((root / "outputs/teachers/start/model.safetensors").read_bytes())
+    imported = ImportParams(folder="outputs/teachers/start", checksum=checksum)
+    context = context_of(root, parse(), "distill", "x-0")
+    for start in (TeacherStart(teacher="start"), imported, None):
+        torch.manual_seed(0)
+        student = build_detector(camera_config())
+        start_as_set(context, student, start)
+        equal = [torch.equal(value, weights[name]) for name, value in student.state_dict().items()]
+        assert all(equal) == (start is not None)
+    with pytest.raises(StageError, match="has checksum"):
+        start_as_set(context, student, ImportParams(folder="outputs/teachers/start", checksum="0"))
+    with pytest.raises(StageError, match="outputs/teachers/other has no readable weights"):
+        start_as_set(context, student, TeacherStart(teacher="other"))
+
+
+def test_students_learn_from_their_own_part_of_the_split(root: Path) -> None:
+    context = context_of(root, parse(data={"splits": {"students": "train[:1]"}}), "distill", "x-0")
+    student = build_detector(camera_config())
+    sources = open_sources(context, configs("exact", "cls"))
+    samples = samples_of(context, student, sources, seed=0)
+    assert samples.tokens == Index.open(root / "outputs/index").tokens("train[:1]")
+    assert len(samples) == SAMPLES // 2
+    assert len(samples.classes()) == len(samples)
+    recipe = make_recipe(student, configs("exact", "cls"), tap_statistics(context, sources))
+    dataset, _ = taught(samples, recipe, sources)
+    assert isinstance(dataset, TaughtDataset)  # the store holds the whole split
 
 
 def test_a_students_start_and_samples_do_not_depend_on_how_it_is_taught(root: Path) -> None:
@@ -267,7 +337,7 @@ def test_without_cached_taps_the_data_set_is_the_plain_one(root: Path) -> None:
         terms = configs(name, *KINDS)
         sources = open_sources(context, terms)
         recipe = make_recipe(student, terms, tap_statistics(context, sources))
-        dataset, _ = taught_dataset(context, student, recipe, sources, seed=0)
+        dataset, _ = taught(samples_of(context, student, sources, seed=0), recipe, sources)
         assert type(dataset).__name__ == kind
         plain = dataset.dataset if isinstance(dataset, TaughtDataset) else dataset
         assert ("points" in plain.modalities) == (name == "live")  # type: ignore[attr-defined]

@@ -15,14 +15,18 @@ import pytest
 import scipy.stats
 from PIL import Image
 
+from data.build import build_index
 from data.classes import CLASSES
+from data.index import Index
 from pipeline.graph import Node
+from pipeline.params import Params, merge, read_yaml
 from pipeline.report import build
 from pipeline.report.build import Report
 from pipeline.report.charts import curve_path, graph, reduced, round_ticks
 from pipeline.report.results import ERRORS, ReportError, load_study
 from pipeline.report.statistics import mean_interval, paired_difference
-from stages.report import stage_graph
+from stages.report import learned_from, stage_graph, starts
+from stages.report import seen as seen_by
 
 ROOT = Path(__file__).resolve().parents[2]
 TERM = {
@@ -33,10 +37,11 @@ TERM = {
     "distance": "l1",
     "weight": 0.3,
 }
+PLAIN: dict[str, Any] = {"student": "camera", "terms": {}, "model": {}, "train": {}, "truth": True, "row": None}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "baseline": {"student": "camera", "terms": {}, "model": {}, "train": {}},
-    "xfd": {"student": "camera", "terms": {"xfd": TERM}, "model": {}, "train": {"epochs": 12}},
-    "xod-<b>": {"student": "camera", "terms": {"xod": {**TERM, "mask": {"kind": "top", "k": 5}}}},
+    "baseline": {**PLAIN, "row": "A0"},
+    "xfd": {**PLAIN, "terms": {"xfd": TERM}, "train": {"epochs": 12}, "row": "A2"},
+    "xod-<b>": {**PLAIN, "terms": {"xod": {**TERM, "mask": {"kind": "top", "k": 5}}}, "truth": False},
 }
 STAGES = {"prepare": 1, "teacher": 1, "distill": 6, "evaluate": 6, "report": 1}
 EDGES = [("prepare", "teacher"), ("teacher", "distill"), ("prepare", "distill"), ("distill", "evaluate")]
@@ -51,6 +56,16 @@ CARD = {
             "gap": {"identity": 0.0123, "flip x": 0.25},
         },
         "boxes": {"serve": "cached-exact", "encoding": "float32", "bytes_per_sample": 880.0},
+    },
+}  # fmt: skip
+
+INSTANCES = {"AP": 0.31, "AP50": 0.52, "AP75": 0.33, "AP_small": 0.12, "AP_medium": 0.4, "AP_large": None, "AR": 0.36}
+SEGMENTER = {
+    "kind": "segmenter", "key": "instance", "images": 576, "parameters": 2_100_000,
+    "bbox": INSTANCES, "mask": {**INSTANCES, "AP": 0.27},
+    "classes": {
+        "car": {"truth": 900, "bbox": {"AP": 0.41, "AP50": 0.6}, "mask": {"AP": 0.38, "AP50": 0.57}},
+        "bus": {"truth": 0, "bbox": {"AP": None, "AP50": None}, "mask": {"AP": None, "AP50": None}},
     },
 }  # fmt: skip
 
@@ -98,16 +113,34 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
         metrics = make_metrics(rng, kind, level, absent)
         (root / "metrics" / f"{key}.json").write_text(json.dumps(metrics))
         make_predictions(rng, root / "predictions" / key, metrics)
+    (root / "metrics/instance.json").write_text(json.dumps(SEGMENTER))
+    overlays = root / "predictions/instance"
+    overlays.mkdir()
+    Image.fromarray(rng.integers(0, 255, (30, 80, 3), dtype=np.uint8)).save(overlays / "00.png")
+    images = [{"image": "samples/CAM_BACK/one.jpg", "file": "00.png"}]
+    (overlays / "pictures.json").write_text(json.dumps({"threshold": 0.2, "images": images}))
     (root / "stores").mkdir()
     (root / "stores/lidar.json").write_text(json.dumps(CARD))
     return root
 
 
-def make_report(root: Path, seeds: list[int]) -> Report:
-    return build(
-        root / "metrics", root / "predictions", root / "stores", profile="demo", teachers=["lidar"], stores=["lidar"],
-        variants=VARIANTS, seeds=seeds, stages=STAGES, edges=EDGES,
-    )  # fmt: skip
+def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
+    given: dict[str, Any] = {
+        "profile": "demo", "teachers": ["lidar"], "starts": [], "segmenters": ["instance"], "stores": ["lidar"],
+        "variants": VARIANTS, "seeds": seeds, "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
+        "search": None,
+        "stages": STAGES, "edges": EDGES,
+    }  # fmt: skip
+    return build(root / "metrics", root / "predictions", root / "stores", **{**given, **changes})
+
+
+def section(report: Report, name: str) -> str:
+    return report.html.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+
+def cells(text: str) -> list[str]:
+    """The texts of a section's cells, tags left out."""
+    return [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text)]
 
 
 def test_interval_is_scipys() -> None:
@@ -149,7 +182,7 @@ def test_the_table_of_several_seeds(tmp_path: Path) -> None:
     assert f"| {np.mean(values):.3f} ± {half:.3f} |" in row
     assert f"| {gain.mean():+.3f} ± {scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(gain):.3f} |" in row
     assert "95 % t-interval over 3 seeds" in report.markdown
-    assert "| lidar (teacher) | 1 |" in report.markdown
+    assert "| lidar (teacher) |  | 1 |" in report.markdown
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
@@ -167,19 +200,140 @@ def test_undefined_metrics_become_dashes(tmp_path: Path) -> None:
     path = tmp_path / "metrics/xfd-0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "mAVE": None, "mAP": None}))
     report = make_report(tmp_path, [0])
-    cells = next(line for line in report.markdown.splitlines() if line.startswith("| xfd ")).split(" | ")
-    assert cells[2:4] == ["–", "–"]
+    row = next(line for line in report.markdown.splitlines() if line.startswith("| xfd ")).split(" | ")
+    assert row[3:5] == ["–", "–"]
     assert "nan" not in report.plain
 
 
 def test_teacher_outputs_are_listed(tmp_path: Path) -> None:
-    html = make_report(make_study(tmp_path, [0]), [0]).html
-    section = html.partition('<section id="stores">')[2].partition("</section>")[0]
-    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section.partition("<tbody>")[2])
+    body = section(make_report(make_study(tmp_path, [0]), [0]), "stores").partition("<tbody>")[2]
     dense = ["lidar", "bev_lift", "cached-warp", "int8, occupied cells, zstd", "39.3 kB", "10 %", "1.2 %"]
     dense += ["1.2 %", "25 %"]  # the gaps
     boxes = ["lidar", "boxes", "cached-exact", "float32", "880 B", "–", "–", "–", "–"]
-    assert cells == dense + boxes
+    assert cells(body) == dense + boxes
+
+
+def test_instance_teachers_have_a_section_of_their_own(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    text = section(make_report(tmp_path, [0]), "segmenters")
+    _, table, classes = text.split("<tbody>")
+    box = ["0.310", "0.520", "0.330", "0.120", "0.400", "–", "0.360"]
+    assert cells(table.partition("</tbody>")[0]) == [
+        *("instance", "box", *box, "576", "2.10 M"),
+        *("", "mask", "0.270", *box[1:], "", ""),
+    ]
+    assert cells(classes) == ["car", "0.410", "0.380", "900", "bus", "–", "–", "0"]
+    assert text.count("<img") == 1
+    assert "one.jpg" in text
+    assert '<section id="segmenters">' not in make_report(tmp_path, [0], segmenters=[]).html
+
+
+def test_rows_of_a_paper_have_a_column(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    rows = [line.split(" | ") for line in make_report(tmp_path, [0]).markdown.splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows] == ["row", "---:", "", "A0", "A2", ""]
+    plain = {name: {**entry, "row": None} for name, entry in VARIANTS.items()}
+    assert " row " not in make_report(tmp_path, [0], variants=plain).markdown
+
+
+def test_a_start_is_no_teacher(tmp_path: Path) -> None:
+    report = make_report(make_study(tmp_path, [0]), [0], starts=["lidar"])
+    assert "lidar (start)" in report.plain
+    assert "(teacher)" not in report.plain
+    assert "distilled from instance, scored" in report.html
+
+
+def test_what_a_variant_overrides_is_said(tmp_path: Path) -> None:
+    last = [
+        row.split("</td>")[-2]
+        for row in section(make_report(make_study(tmp_path, [0]), [0]), "recipes").split("</tr>")[1:-1]
+    ]
+    assert [re.sub(r"<[^>]*>", "", cell) for cell in last] == ["", "train.epochs 12", "no loss against labelled boxes"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "seen", "expected"),
+    [
+        ({"lidar": "train", "students": "train"}, [], "students from train.\n"),
+        (
+            {"lidar": "val[:1]", "students": "val[1:]"},
+            ["lidar", "students"],
+            "The students have learned from scenes of",
+        ),
+        ({"lidar": "val[:-1]", "students": "val[-1:]"}, ["lidar"], "lidar learned from scenes of val[:1] too"),
+    ],
+)
+def test_what_was_learned_from_the_scored_scenes_is_said(
+    tmp_path: Path, city: Path, sources: dict[str, str], seen: list[str], expected: str
+) -> None:
+    build_index(city, "v1.0-trainval", ["train", "val"], tmp_path / "index")
+    split = "val" if "students" in seen else "val[:1]"
+    assert seen_by(Index.open(tmp_path / "index"), sources, split) == set(seen)
+    make_study(tmp_path, [0, 1])
+    for path in (tmp_path / "metrics").iterdir():
+        path.write_text(path.read_text().replace('"split": "val"', f'"split": "{split}"'))
+    report = make_report(tmp_path, [0, 1], learned_from=sources, seen=seen)
+    for text in (report.plain, report.markdown):
+        assert "Profile demo, seeds 0, 1." in text
+        assert f"Learned: lidar from {sources['lidar']}, students from {sources['students']}." in text
+        assert expected in text
+        assert ("learned from scenes" in text) == bool(seen)
+
+
+def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() -> None:
+    changes = {
+        "data": {"splits": {"train": "train", "students": "train[:-16]"}},
+        "students": {"camera": {"start": {"teacher": "start"}}},
+        "study": {"teachers": ["lidar", "start"]},
+    }
+    raw = read_yaml(ROOT / "params.yaml")
+    params = Params.model_validate(merge(raw, changes))
+    assert starts(params) == {"start"}
+    parts = {"lidar": "train", "start": raw["teachers"]["start"]["split"], "students": "train[:-16]"}
+    assert learned_from(params) == parts
+    params = Params.model_validate(merge(raw, {"data": {"splits": {"students": None}}}))
+    assert learned_from(params)["students"] == raw["data"]["splits"]["train"]
+
+
+def test_the_summary_of_one_study_shows_another_how_its_weights_were_chosen(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    sources = {"lidar": "train", "students": "train[:-16]"}
+    report = make_report(tmp_path, [0, 1], profile="bench-cpu", learned_from=sources)
+    summary = json.loads(report.summary)
+    runs = [json.loads((tmp_path / f"metrics/xfd-{seed}.json").read_text())["mAP"] for seed in (0, 1)]
+    assert summary["variants"]["xfd"]["mAP"] == pytest.approx(np.mean(runs), abs=5e-7)
+    assert [run["mAP"] for run in summary["variants"]["xfd"]["runs"].values()] == runs
+    assert summary["variants"]["xfd"]["terms"] == {"xfd": 0.3}
+    assert (summary["profile"], summary["split"], summary["seeds"]) == ("bench-cpu", "val", [0, 1])
+    (tmp_path / "weights.json").write_text(report.summary)
+    other = {"baseline": PLAIN, "xfd": VARIANTS["xfd"], "xod-<b>": {**PLAIN, "terms": {"xod": {**TERM, "weight": 1.0}}}}
+    text = section(make_report(tmp_path, [0], variants=other, search=(tmp_path, "weights")), "weights")
+    rows = [cells(row) for row in text.split("<tr")[2:]]
+    assert [row[:2] for row in rows] == [
+        ["baseline", "no distillation"],
+        ["xfd", "xfd 0.3"],
+        ["xod-&lt;b&gt;", "xod 0.3"],
+    ]
+    gain = mean_interval([a - b for a, b in zip(runs, baseline_runs(tmp_path), strict=True)])
+    assert gain is not None
+    assert rows[1][3] == f"{gain.mean:+.3f}± {gain.half:.3f}"
+    assert re.findall(r'class="used".*?class="name">([^<]*)', text) == ["xfd"]
+    assert "students learn from train[:-16], scored on val (96 keyframes, 400 boxes), seeds 0, 1" in text
+
+
+def baseline_runs(root: Path) -> list[float]:
+    return [json.loads((root / f"metrics/baseline-{seed}.json").read_text())["mAP"] for seed in (0, 1)]
+
+
+def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    assert '<section id="weights">' not in make_report(tmp_path, [0]).html
+    text = section(make_report(tmp_path, [0], search=(tmp_path, "x3kd-weights")), "weights")
+    assert "not in <code>studies/results</code> yet" in text
+    for content in ("{", "[]", "{}", '{"variants": {"a": {}}}'):
+        (tmp_path / "x3kd-weights.json").write_text(content)
+        with pytest.raises(ReportError, match=r"x3kd-weights.json is not the summary of a study"):
+            make_report(tmp_path, [0], search=(tmp_path, "x3kd-weights"))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +347,15 @@ def test_teacher_outputs_are_listed(tmp_path: Path) -> None:
         ("predictions/xfd-0/00-bev.png", None, "is missing"),
         ("predictions/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
         ("stores/lidar.json", None, "is missing: run `dvc repro extract@lidar`"),
+        ("metrics/instance.json", None, "is missing: run `dvc repro evaluate_segmenter@instance`"),
+        ("metrics/instance.json", "{", "is not JSON"),
+        (
+            "metrics/instance.json",
+            '{"images": 3}',
+            "is of another version: run `dvc repro evaluate_segmenter@instance`",
+        ),
+        ("predictions/instance/pictures.json", None, "run `dvc repro evaluate_segmenter@instance`"),
+        ("predictions/instance/00.png", None, "is missing"),
     ],
 )
 def test_what_is_missing_is_named_with_what_to_run(
@@ -215,7 +378,7 @@ def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
 
 def test_metrics_of_other_studies_are_left_alone(tmp_path: Path) -> None:
     make_study(tmp_path, [0, 1])
-    study = load_study(tmp_path / "metrics", [], ["baseline"], [1])
+    study = load_study(tmp_path / "metrics", [], {"baseline": ""}, [1])
     assert [list(arm.runs) for arm in study.arms] == [[1]]
 
 
@@ -240,17 +403,18 @@ class References(HTMLParser):
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    html = make_report(make_study(tmp_path, [0, 1]), [0, 1]).html
+    report = make_report(make_study(tmp_path, [0, 1]), [0, 1], search=(tmp_path, "x3kd-weights"))
+    text = report.html
     page = References()
-    page.feed(html)
+    page.feed(text)
     assert page.open == []
     assert [value[:30] for value in page.loads if not value.startswith(("data:image/webp;base64,", "#"))] == []
-    assert re.findall(r"https?://|@import|url\((?!#)", html) == []
-    assert str(tmp_path) not in html
-    assert "xod-&lt;b&gt;" in html
-    assert "xod-<b>" not in html
-    for text in ("cannot prove", "top (k 5)", "epochs 12", "scene-0003"):
-        assert text in html
+    assert re.findall(r"https?://|@import|url\((?!#)", text) == []
+    assert str(tmp_path) not in text + report.summary
+    assert "xod-&lt;b&gt;" in text
+    assert "xod-<b>" not in text
+    for words in ("cannot prove", "top (k 5)", "epochs 12", "scene-0003"):
+        assert words in text
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_scenes_are_named_by_the_devkit(devkit: NuScenes) -> None:
     assert sorted(mini) == sorted(splits["mini_train"] + splits["mini_val"])
 
 
+def test_tables_and_instances_name_the_city_that_they_are_of(dataroot: Path) -> None:
+    """Other paint changes the pictures alone, and who depends on the JSON must notice."""
+    identity = json.loads((dataroot / VERSION / "city.json").read_text())
+    assert len(identity["identity"]) == 16
+    for split in ("train", "val"):
+        assert json.loads((dataroot / "instances" / f"{split}.json").read_text())["info"] == identity
+
+
 def test_every_key_resolves_and_every_file_exists(devkit: NuScenes, dataroot: Path) -> None:
     foreign = re.compile(r"^(?:first_|last_)?(annotation|\w+?)_tokens?$")
     tables = {"annotation": "sample_annotation"}

@@ -1,0 +1,266 @@
+"""What a student costs: parameters, multiply-adds and memory, part by part, at the size of a profile.
+
+``python benchmarks/model_cost.py nuscenes-x3kd-r50`` lays the profile over params.yaml in memory and runs, on CUDA if
+there is one, else on the CPU, one inference and one training step of a sample: six cameras, all keyframes of the
+profile. It needs no data and no weights. One profile per run, because a process's peak memory never falls.
+
+Multiply-adds are torch's count (torch.utils.flop_counter, halved) of convolutions and matrix products, for terms those
+of the training step's forward pass; pooling into BEV is not counted (below 0.1 G). What is kept for the backward pass
+counts every storage once, at the first part that keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.charts import machine
+from benchmarks.synthetic import CAMERAS, random_samples
+from data.batch import Batch, collate
+from data.classes import CLASSES
+from data.instances import ImageInstances
+from models.detector import Detector, build_detector
+from models.distill import Recipe, TermConfig
+from models.segmenter import build_segmenter
+from pipeline.params import Params
+from pipeline.profiles import apply_profile
+from pipeline.trainer import minimised, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTANCES = 8
+"""Per image, about what a segmenter finds on nuScenes."""
+PARTS = {"image backbone": ["image_backbone"], "image neck": ["image_neck"], "depth net": ["depth_net"],
+         "BEV encoder": ["bev_backbone", "bev_neck"], "head": ["head"]}
+
+
+REST = "lift, losses"
+
+
+class Step(NamedTuple):
+    """A training step."""
+
+    kept: dict[str, int]
+    """Bytes that the forward pass keeps for the backward pass, by part and term."""
+    macs: dict[str, float]
+    """Of the forward passes of the terms."""
+    before: int
+    """Bytes in use before the step."""
+    peak: int
+    seconds: float
+    """Of CPU time, which other work on the machine hardly changes."""
+
+
+class Row(NamedTuple):
+    """Of a part."""
+
+    part: str
+    parameters: int
+    macs: float
+    kept: int
+
+
+def params_of(profile: str) -> Params:
+    """params.yaml with a profile over it."""
+    with TemporaryDirectory() as name:
+        shutil.copy(ROOT / "params.yaml", name)
+        shutil.copytree(ROOT / "profiles", Path(name) / "profiles")
+        return apply_profile(profile, Path(name))
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def macs(counted: FlopCounterMode, module: str) -> float:
+    """Multiply-adds of a module by its name, or of everything."""
+    return sum(counted.get_flop_counts().get(module, {}).values()) / 2
+
+
+class Kept:
+    """Adds up what autograd keeps, by the innermost of some modules that is running."""
+
+    def __init__(self, parts: Mapping[str, Sequence[nn.Module]], parameters: Iterable[nn.Parameter]) -> None:
+        self.bytes: dict[str, int] = dict.fromkeys([*parts, REST], 0)
+        self.running = [REST]
+        self.seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        for name, modules in parts.items():
+            for module in modules:
+                module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
+                module.register_forward_hook(lambda *_: self.running.pop() and None)
+
+    def watching(self) -> saved_tensors_hooks:
+        """A context that counts."""
+        return saved_tensors_hooks(self._add, lambda tensor: tensor)
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        # While the graph holds a storage, no other can have its address.
+        if tensor.layout == torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes[self.running[-1]] += storage.nbytes()
+        return tensor
+
+
+class Bench:
+    """A variant's student and recipe with a sample."""
+
+    def __init__(self, params: Params, variant: str) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings, self.variant = params.student(variant), params.variants[variant]
+        self.train, self.size = settings.train, params.input.image.size
+        self.student: Detector = build_detector(settings.model).to(self.device)
+        self.frozen = {name: count(build_detector(params.teachers[name].model)) for name in params.study.teachers}
+        for name in params.study.segmenters:
+            given = params.segmenters[name]
+            model = build_segmenter({"model": given.model, "classes": given.classes or CLASSES})
+            self.frozen[name] = count(model)
+        self.recipe = self._recipe(params).to(self.device)
+        self.batch: Batch = collate(random_samples(params, 1)).to(self.device)
+        self.teacher = self._teacher_outputs()
+        self.parts = {name: [getattr(self.student, child) for child in children] for name, children in PARTS.items()}
+
+    def rows(self, step: Step, counted: FlopCounterMode) -> list[Row]:
+        """The student's parts, the student, the terms."""
+        name = type(self.student).__name__
+        rows = [
+            Row(part, sum(map(count, modules)), sum(macs(counted, f"{name}.{child}") for child in PARTS[part]),
+                step.kept[part])
+            for part, modules in self.parts.items()
+        ]
+        whole = Row("student", count(self.student), macs(counted, name), sum(step.kept[part] for part in self.parts))
+        rest = Row(REST, whole.parameters - sum(row.parameters for row in rows),
+                   whole.macs - sum(row.macs for row in rows), step.kept[REST])
+        terms = [Row(f"train-only: {term}", count(module), step.macs[term], step.kept[term])
+                 for term, module in self.recipe.terms.items()]
+        return [*rows, rest, whole._replace(kept=whole.kept + rest.kept), *terms]
+
+    def _recipe(self, params: Params) -> Recipe:
+        terms = {name: TermConfig(**config) for name, config in self.variant.terms.items()}
+        self.widths: dict[str, int] = {}
+        for config in terms.values():
+            store, _, tap = config.teacher.partition(".")
+            if tap not in ("boxes", "inst2d"):
+                teacher = build_detector(params.teachers[params.stores[store].teacher].model)
+                self.widths[config.teacher] = teacher.tap_channels[tap]
+        student, stride = self.student, getattr(self.student, "stride", None)
+        return Recipe(terms, student.targets, student.tap_channels, self.widths, stride=stride)
+
+    def _teacher_outputs(self) -> dict[str, Any]:
+        generator, side = torch.Generator().manual_seed(0), self.student.targets.grid.size
+        outputs: dict[str, Any] = {}
+        for tap in self.recipe.teacher_taps:
+            if tap.endswith(".boxes"):
+                boxes, labels = self.batch.boxes[0].cpu(), self.batch.labels[0].cpu()[:, None]
+                score = torch.full((len(boxes), 1), 0.9)
+                outputs[tap] = [torch.cat([boxes, score, labels.float()], dim=1).to(self.device)]
+            elif tap.endswith(".inst2d"):
+                outputs[tap] = [[random_instances(generator, self.size, self.device) for _ in range(CAMERAS)]]
+            else:
+                outputs[tap] = torch.randn(1, self.widths[tap], side, side, generator=generator).relu().to(self.device)
+        return outputs
+
+    def autocast(self) -> torch.autocast:
+        """The precision of training."""
+        half = torch.float16 if self.train.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(self.device.type, half, enabled=self.train.precision != "32-true")
+
+    @torch.no_grad()
+    def inference(self) -> FlopCounterMode:
+        """The student on the sample, counted."""
+        self.student.eval()
+        with FlopCounterMode(display=False) as counted, self.autocast():
+            self.student(self.batch)
+        return counted
+
+    def training_step(self) -> Step:
+        """Forward, backward and AdamW, measured."""
+        modules = nn.ModuleList([self.student, self.recipe])
+        modules.train()
+        optimizer = torch.optim.AdamW(parameter_groups(modules, 0.01), lr=1e-6)
+        kept = Kept(self.parts | {name: [term] for name, term in self.recipe.terms.items()}, modules.parameters())
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        before, start = self.memory(), time.process_time()
+        with self.autocast(), kept.watching(), FlopCounterMode(display=False) as counted:
+            prediction = self.student(self.batch, self.recipe.student_taps)
+            losses = self.student.loss(prediction, self.batch)
+            losses |= self.recipe(prediction, self.teacher, self.batch, 0.5)
+            total = torch.stack([losses[name] for name in minimised(losses)]).sum()
+        total.backward()
+        optimizer.step()
+        peak = self.peak()
+        seconds = time.process_time() - start
+        terms = {name: macs(counted, f"Recipe.modules_of_terms.{i}") for i, name in enumerate(self.recipe.terms)}
+        return Step(kept.bytes, terms, before, peak, seconds)
+
+    def memory(self) -> int:
+        """Bytes in use: allocated on a GPU, else of the whole process."""
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def peak(self) -> int:
+        """The most bytes in use so far, as `memory` counts them."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def random_instances(generator: torch.Generator, size: tuple[int, int], device: torch.device) -> ImageInstances:
+    """Instances of one image: boxes that are full."""
+    limit = torch.tensor([size[1], size[0]])
+    side = (0.05 + 0.15 * torch.rand(INSTANCES, 2, generator=generator)) * limit
+    corner = torch.rand(INSTANCES, 2, generator=generator) * (limit - side)
+    boxes = torch.cat([corner, corner + side], dim=1).round()
+    masks = torch.zeros(INSTANCES, *size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = 1
+    labels = torch.randint(0, len(CLASSES), (INSTANCES,), generator=generator)
+    tensors = boxes, labels, torch.full((INSTANCES,), 0.9), masks
+    return ImageInstances(*(tensor.to(device) for tensor in tensors))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile")
+    parser.add_argument("--variant", default="x3kd")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    params = params_of(given.profile)
+    bench = Bench(params, given.variant)
+    counted, step = bench.inference(), bench.training_step()
+    rows = bench.rows(step, counted)
+    height, width = params.input.image.size
+    print(f"{given.profile}, {given.variant}: {CAMERAS} x {height} x {width}, {params.input.frames} keyframes, "
+          f"{bench.train.precision}, {machine()['device']}, {given.threads} thread(s)\n")
+    print("| part | parameters, M | multiply-adds, G | kept for backward, MB |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.part} | {row.parameters / 1e6:.2f} | {row.macs / 1e9:.1f} | {row.kept / 1e6:.0f} |")
+    for name, parameters in bench.frozen.items():
+        print(f"| frozen teacher: {name} | {parameters / 1e6:.2f} | | |")
+    print(f"\ntraining step of one sample: {step.seconds:.1f} s of CPU time, memory {step.before / 1e9:.2f} GB before, "
+          f"{step.peak / 1e9:.2f} GB at its peak")
+    if given.json:
+        found = {"machine": machine(), "rows": [row._asdict() for row in rows], "step": step._asdict()}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

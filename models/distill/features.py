@@ -1,0 +1,73 @@
+"""Distillation between dense BEV maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.detector import Batch, Prediction
+from models.distill.adapters import ADAPTERS, Resize
+from models.distill.distances import ELEMENTWISE
+from models.distill.masks import MASKS, MaskInput
+from models.distill.term import Outcome, Term
+from models.distill.terms import TermConfig
+from models.targets import TargetEncoder
+
+SMALLEST_STD = 0.05
+"""Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""
+
+
+def channel_scale(std: Tensor | None, channels: int, tap: str) -> Tensor:
+    """[channels, 1, 1] by which a teacher's map is divided: its standard deviation, not too small; 1 if unknown.
+
+    Raises:
+        ValueError: the statistics are of another number of channels.
+    """
+    std = torch.ones(channels) if std is None else std.float()
+    if std.shape != (channels,):
+        raise ValueError(f"statistics of '{tap}' are {list(std.shape)}, its channels {channels}")
+    return std.clamp(min=max(float(std.mean()) * SMALLEST_STD, 1e-6)).view(-1, 1, 1)
+
+
+def valid_cells(teacher: Mapping[str, Any], tap: str, maps: Tensor) -> Tensor:
+    """[B, 1, H, W] bool, the cells for which a teacher's map is known: all unless ``<tap>.valid`` says otherwise."""
+    valid = teacher.get(f"{tap}.valid")
+    return torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
+
+
+class MapTerm(Term):
+    """Feature distillation between dense BEV maps (X³KD's X-FD with the adapter ``decoder``; our reconstruction).
+
+    Both maps are divided by the teacher's standard deviation per channel, a constant, so that weights mean the same
+    for every teacher. The cells that ``<tap>.valid`` leaves out do not count.
+    """
+
+    std: Tensor
+
+    def __init__(self, config: TermConfig, student_channels: int, teacher_channels: int, std: Tensor | None,
+                 targets: TargetEncoder) -> None:
+        super().__init__(config)
+        for kind, known, what in ((config.mask.kind, MASKS, "mask"), (config.adapter.kind, ADAPTERS, "adapter"),
+                                  (config.distance, ELEMENTWISE, "distance")):
+            if kind not in known:
+                raise ValueError(f"{what} '{kind}' does not apply to dense maps: use one of {', '.join(known)}")
+        self.targets = targets
+        self.adapter = ADAPTERS[config.adapter.kind](student_channels, teacher_channels, config.adapter)
+        self.register_buffer("std", channel_scale(std, teacher_channels, config.teacher))
+
+    def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
+        """See :class:`Term`."""
+        target = teacher[self.config.teacher].detach().float()
+        source = student.taps[self.config.student]
+        grid = (target.shape[-2], target.shape[-1])
+        adapted = self.adapter(source, grid) if isinstance(self.adapter, Resize) else self.adapter(source)
+        if adapted.shape != target.shape:
+            raise ValueError(f"student tap '{self.config.student}' is {list(adapted.shape)} after its adapter, "
+                             f"'{self.config.teacher}' {list(target.shape)}: grids that differ need the adapter resize")
+        valid = valid_cells(teacher, self.config.teacher, target)
+        given = MaskInput(target, valid, batch, self.targets, self.config.mask)
+        distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std)
+        return Outcome((distance.mean(1, keepdim=True) * MASKS[self.config.mask.kind](given)).sum())
