@@ -24,6 +24,7 @@ COMMENT_COLUMN = 30
 _REPLACE = "!replace"
 _TAG = re.compile(rf"\s*{_REPLACE}[ \t]*")
 _COMMENT = re.compile(r"""((?:[^#"']|"[^"]*"|'[^']*'|(?<!\s)#)*?)[ \t]+(#.*)""")
+GROUND = "demo"  # the profile that holds every value that another profile or a study sets
 
 
 class ProfileError(PipelineError):
@@ -36,8 +37,12 @@ def available(root: Path) -> list[str]:
 
 
 def apply_profile(name: str, root: Path) -> Params:
-    """Lay profiles/<name>.yaml over params.yaml; returns the checked result. params.yaml is untouched when it fails."""
-    return apply_overlays([profile_overlay(name, root)], root, f"profile {name}")
+    """Lay a profile over params.yaml; returns the checked result. params.yaml is untouched when it fails.
+
+    Profile `demo` is laid first, which resets what any other profile has set: the result does not depend on that.
+    """
+    ground = [GROUND] if name != GROUND and GROUND in available(root) else []
+    return apply_overlays([profile_overlay(part, root) for part in (*ground, name)], root, f"profile {name}")
 
 
 def profile_overlay(name: str, root: Path) -> tuple[str, str]:

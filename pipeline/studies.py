@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import PipelineError
 from pipeline.params import Params, ParamsError, read_yaml
-from pipeline.profiles import apply_overlays, profile_overlay, section
-
-GROUND = "demo"  # the profile that holds every value that another profile or a study sets
+from pipeline.profiles import GROUND, apply_overlays, profile_overlay, section
 
 
 class StudyError(PipelineError):

@@ -166,9 +166,8 @@ class FrozenSegmenter:
 
     def __init__(self, root: Path, params: Params, store: StoreParams, folder: Path, device: torch.device) -> None:
         """Load the segmenter; see `freeze`."""
-        self.finder, self.device = InstanceFinder.load(folder, device), device
+        self.finder, self.device = InstanceFinder.load(folder, device, store.score_threshold), device
         self.dataset = camera_dataset(root, params, params.data.splits.train, self.finder.size)
-        self.score_threshold = store.score_threshold
 
     @property
     def tokens(self) -> list[str]:
@@ -183,7 +182,7 @@ class FrozenSegmenter:
         """See `Frozen`."""
         for batch in _loader(self.dataset, rows, self.device):
             for token, images, image_aug in zip(batch.tokens, batch.images, batch.image_aug, strict=True):
-                found = self.finder(images[0].to(self.device), self.score_threshold)
+                found = self.finder(images[0].to(self.device))
                 yield token, {"inst2d": pack(StoredInstances.of(found, image_aug[0], self.finder.size))}
 
 

@@ -11,14 +11,23 @@ from data.dataset import GridConfig, InputConfig, NuScenesDataset
 from data.index import Index
 from models.detector import Detector
 from pipeline.params import Params, merge
+from pipeline.stage import StageError
 
 INDEX: Final = "outputs/index"
 
 
 def training_dataset(root: Path, params: Params, detector: Detector, seed: int, split: str) -> NuScenesDataset:
-    """A split, augmented, with what the detector reads and what its losses compare with."""
+    """A split, augmented, with what the detector reads and what its losses compare with.
+
+    Raises:
+        StageError: the detector reads RADAR, and `input.radar` is off.
+    """
     truth = {"boxes", "depth"} if "images" in detector.sensors else {"boxes"}
     modalities = {*detector.sensors, *truth}
+    if "radar" in detector.sensors and not params.input.radar:
+        raise StageError(
+            f"input.radar: false, and {type(detector).__name__} reads RADAR: set it to true and run `prepare` again"
+        )
     return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grown_grid(params, 0.0))
 
 

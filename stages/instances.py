@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,16 @@ class InstanceFinder:
     segmenter: Segmenter
     size: tuple[int, int]  # height, width of its images
     labels: Tensor  # [C] position in CLASSES of each of its own classes, -1: none
+    threshold: float = 0.0  # least score
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Self:
+    def load(cls, folder: Path, device: torch.device, threshold: float = 0.0) -> Self:
         """A published segmenter.
+
+        Args:
+            folder: of its weights.
+            device: to run on.
+            threshold: least score of what it finds.
 
         Raises:
             StageError: the folder does not hold a whole segmenter.
@@ -67,21 +74,20 @@ class InstanceFinder:
         height, width = config["image"]
         names = detection_names(config["classes"], config["class_map"])
         labels = torch.tensor([-1 if name is None else CLASSES.index(name) for name in names], device=device)
-        return cls(segmenter.to(device).requires_grad_(False), (height, width), labels)
+        # What nobody will see needs no mask. mmdet keeps what is above, so the threshold itself must be.
+        below = float(np.nextafter(np.float32(threshold), np.float32(0)))
+        config = segmenter.detector.roi_head.test_cfg
+        config.score_thr = max(config.score_thr, below)
+        return cls(segmenter.to(device).requires_grad_(False), (height, width), labels, threshold)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, threshold: float = 0.0) -> list[ImageInstances]:
-        """What it finds in images [B, 3, H, W] uint8 of its size: on the CPU, best first.
-
-        Args:
-            images: on its device.
-            threshold: least score.
-        """
+    def __call__(self, images: Tensor) -> list[ImageInstances]:
+        """What it finds in images [B, 3, H, W] uint8 of its size, on its device: on the CPU, best first."""
         found = []
         for image in self.segmenter.predict(images):
             labels = self.labels[image.labels]
             shown = image.masks.flatten(1).any(1)  # what has no pixel left is no instance
-            keep = (labels >= 0) & (image.scores >= threshold) & shown
+            keep = (labels >= 0) & (image.scores >= self.threshold) & shown
             parts = (image.boxes[keep].float(), labels[keep], image.scores[keep].float(), image.masks[keep].byte())
             found.append(ImageInstances(*(part.cpu() for part in parts)))
         return found

@@ -1,4 +1,4 @@
-"""Published weights: a folder with model.safetensors and config.json, the dict that the detector is built from."""
+"""Published weights: a folder with model.safetensors and config.json, the dict that the model is built from."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
             )
         weights = load(content)
     except (OSError, SafetensorError) as error:
-        raise StageError(f"the start {folder} has no readable weights ({error}): give a published detector") from error
+        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
     fill(model, weights, path)
 
 

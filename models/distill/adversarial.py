@@ -52,8 +52,7 @@ class Discriminator(nn.Sequential):
     """Logits [B, 1, H/4, W/4] of patches of a map: positive for the teacher's.
 
     Spectral norm bounds how fast they change with the map. Without it they grow within some twenty steps until the
-    loss has no gradient left for the student. There is no norm over the batch, whose statistics would give the sensor
-    away.
+    loss has no gradient left for the student. There is no norm over the batch, in which maps would see each other.
     """
 
     weight_decay = False
@@ -71,8 +70,9 @@ class Discriminator(nn.Sequential):
 class AdversarialTerm(Term):
     """Binary cross-entropy of a discriminator between the student's projected map and the teacher's.
 
-    The teacher's map is divided by its standard deviation per channel. Cells that ``<tap>.valid`` leaves out are zero
-    in both maps, or the edge of what is known would tell them apart.
+    The teacher's map is divided by its standard deviation per channel. The projection ends in a ReLU, as teachers'
+    maps do, or negative values would tell the maps apart. Cells that ``<tap>.valid`` leaves out are zero in both, or
+    the edge of what is known would.
     """
 
     std: Tensor
@@ -83,7 +83,7 @@ class AdversarialTerm(Term):
             raise ValueError(f"mask '{config.mask.kind}' does not apply to bce_adv: use none")
         if config.adapter.kind != "grl_disc":
             raise ValueError(f"adapter '{config.adapter.kind}' does not apply to bce_adv: use grl_disc")
-        self.project = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.project = nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1), nn.ReLU())
         self.discriminator = Discriminator(teacher_channels, config.adapter.width or max(teacher_channels // 2, 1))
         self.register_buffer("std", channel_scale(std, teacher_channels, config.teacher))
 
@@ -96,8 +96,10 @@ class AdversarialTerm(Term):
                              f"'{self.config.teacher}' {list(target.shape)}: choose taps on one grid")
         valid = valid_cells(teacher, self.config.teacher, target)
         factor = ramp(self._since_start(progress))
-        from_student = self.discriminator(reverse_gradient(source * valid, factor)).float()
-        from_teacher = self.discriminator(target / self.std * valid).float()
+        both = torch.cat([reverse_gradient(source * valid, factor), target / self.std * valid])
+        # In float32 and in one pass: spectral norm moves on with every pass of the step.
+        with torch.autocast(both.device.type, enabled=False):
+            from_student, from_teacher = self.discriminator(both).chunk(2)
         loss = (F.softplus(from_student) + F.softplus(-from_teacher)).mean() / 2
         accuracy = torch.cat([from_student < 0, from_teacher > 0]).float().mean()
         return Outcome(loss, {"accuracy": accuracy, "grl": torch.full_like(accuracy, factor)})

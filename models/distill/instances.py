@@ -26,6 +26,8 @@ ANCHOR = 3.0
 """Side of the square anchors, in strides of their level: 12 pixels on the finest level of a map of stride 8."""
 SAMPLED = {"rpn": 64, "rcnn": 32}
 """Anchors and proposals of an image that a step learns from."""
+PROPOSALS = ConfigDict(nms_pre=64, max_per_img=48, nms={"type": "nms", "iou_threshold": 0.7}, min_bbox_size=0)
+"""mmdet's config of the proposals that the box head learns from."""
 MASK = 28
 """Cells along the side of a mask."""
 
@@ -123,10 +125,6 @@ class InstanceTerm(Term):
         found = two_stage_losses(self.rpn_head, self.roi_head, self.pyramid(maps), training_samples(images, size),
                                  PROPOSALS)
         return {name.replace("loss_", ""): value for name, value in found.items()}
-
-
-PROPOSALS = ConfigDict(nms_pre=64, max_per_img=48, nms={"type": "nms", "iou_threshold": 0.7}, min_bbox_size=0)
-"""mmdet's config of the proposals that the box head learns from."""
 
 
 def rpn_config(width: int, strides: Sequence[int]) -> ConfigDict:

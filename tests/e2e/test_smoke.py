@@ -62,7 +62,7 @@ def make_small(project: Project) -> None:
     project.profile("smoke")
     params = project.root / "params.yaml"
     text = params.read_text()
-    for pattern, changed in ((r"train: \{epochs: 1,", "train: {checkpoint_minutes: 0.0, epochs: 2,"),
+    for pattern, changed in ((r"train: (&\w+ )?\{epochs: 1,", r"train: \1{checkpoint_minutes: 0.0, epochs: 2,"),
                              (r"shard_samples: 8", "shard_samples: 2")):
         text, count = re.subn(pattern, changed, text)
         assert count >= 1, pattern
@@ -98,7 +98,7 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     plan = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout
     status = project.run("dvc", "status").stdout
     params.write_text(text)
-    assert "weight: 0.3 -> 0.123" in plan
+    assert "weight: 1.0 -> 0.123" in plan
     running = {line.split()[0] for line in plan.splitlines() if " run " in line}
     assert running == {"distill@x3kd-0", "evaluate@x3kd-0", "report"}
     assert "distill@baseline-0" not in status

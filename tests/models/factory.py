@@ -110,7 +110,7 @@ def camera_config(**changes: Any) -> dict[str, Any]:
     return {"type": "CameraBEVDepth", "grid": GRID, "stride": 8,
             "image_backbone": {"type": "mmdet.ResNet", "depth": 18, "base_channels": 4, "num_stages": 3,
                                "strides": [1, 2, 2], "dilations": [1, 1, 1], "out_indices": [1, 2],
-                               "norm_cfg": {"type": "BN"}},
+                               "norm_cfg": {"type": "BN"}, "norm_eval": False},
             "image_neck": second_fpn([8, 16], [1, 2]),
             "depth_net": {"mid_channels": 16, "context_channels": 12, "blocks": 1}, "depth_bins": [1.0, 21.0, 1.0],
             "bev_backbone": second(12, [1, 2]), "bev_neck": second_fpn([16, 16], [1, 2]),

@@ -138,7 +138,7 @@ def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     project.write(
         project.params
         | {"stores": STORES, "variants": {"plain": plain}}
-        | {"study": {"teachers": ["lidar"], "stores": ["lidar"], "variants": ["plain"], "seeds": [0]}}
+        | {"study": {"teachers": ["lidar"], "segmenters": [], "stores": ["lidar"], "variants": ["plain"], "seeds": [0]}}
     )
     project.set(
         data={"splits": {"train": "val", "val": "val"}},  # of the tiny city, the split with more keyframes
