@@ -110,11 +110,11 @@ class HeadTerm(OutputTerm):
         maps = teacher[self.config.teacher].detach().float()
         head = self._as_head(maps, student.head)
         score = _heatmaps(head).sigmoid()
-        score = score * (score > self.threshold)
         valid = valid_cells(teacher, self.config.teacher, maps)
+        score = score * ((score > self.threshold) & valid)
         if self.config.distance in ELEMENTWISE:
-            return Outcome(self._regression(student, head, score * valid))
-        peak = (score > 0) & valid & (score == F.max_pool2d(score, 3, stride=1, padding=1))
+            return Outcome(self._regression(student, head, score))
+        peak = (score > 0) & (score == F.max_pool2d(score, 3, stride=1, padding=1))
         loss = self.classification(_heatmaps(student.head), score, peak) * valid
         return Outcome(loss.sum() / peak.sum().clamp(min=1))
 
