@@ -98,7 +98,7 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     plan = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout
     status = project.run("dvc", "status").stdout
     params.write_text(text)
-    assert "weight: 1.0 -> 0.123" in plan
+    assert "weight: 3.0 -> 0.123" in plan
     running = {line.split()[0] for line in plan.splitlines() if " run " in line}
     assert running == {"distill@x3kd-0", "evaluate@x3kd-0", "report"}
     assert "distill@baseline-0" not in status
