@@ -1,4 +1,4 @@
-"""The shipped studies at smoke size, by the commands behind `make study`."""
+"""A shipped study at smoke size, by the commands behind `make study`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,14 @@ from pipeline.params import load_params
 from tests.e2e.conftest import Project
 
 pytestmark = pytest.mark.xdist_group("studies")
-STUDIES = ("x3kd", "x3kd-ablations", "x3kd-radar")
 
 
-@pytest.mark.timeout(1500)
-def test_studies_run_all_their_rows(project: Project) -> None:
-    """Every variant is trained, scored and in the table; the first study's teachers serve the others."""
-    made: dict[str, int] = {}
-    for name in STUDIES:
-        project.run(sys.executable, "-m", "pipeline", "study", name, "--profile", "smoke")
-        project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
-        check_table(project.root)
-        weights = project.root.glob("outputs/teachers/*/model.safetensors")
-        teachers = {path.parent.name: path.stat().st_mtime_ns for path in weights}
-        assert made.items() <= teachers.items(), f"{name} trained a teacher again"
-        made = teachers
-    assert made.keys() == {"lidar", "instance", "instance-wide"}
+@pytest.mark.timeout(900)
+def test_study_runs_all_its_rows(project: Project) -> None:
+    """Every variant is trained, scored and in the table."""
+    project.run(sys.executable, "-m", "pipeline", "study", "x3kd", "--profile", "smoke")
+    project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
+    check_table(project.root)
 
 
 def check_table(root: Path) -> None:
