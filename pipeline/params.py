@@ -286,7 +286,7 @@ class StudyParams(Section):
     """What one report compares."""
 
     teachers: list[str]
-    segmenters: list[str] = []
+    segmenters: list[str]
     stores: list[str]
     variants: list[str]
     seeds: list[int]

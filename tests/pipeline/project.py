@@ -30,7 +30,13 @@ def params_text(**changes: Any) -> str:
     raw |= {
         "profile": "demo",
         "seed": 0,
-        "study": {"teachers": ["lidar"], "stores": ["lidar"], "variants": ["baseline", "xod"], "seeds": [0]},
+        "study": {
+            "teachers": ["lidar"],
+            "segmenters": [],
+            "stores": ["lidar"],
+            "variants": ["baseline", "xod"],
+            "seeds": [0],
+        },
     }
     raw["data"] |= {"worlds": ["city"], "dataroot": "outputs/city"}
     raw["input"]["image"]["flip"] = 0.5
