@@ -97,14 +97,7 @@ class Detector(nn.Module, ABC):
 
     def init_weights(self) -> None:
         """Initialise every part by its own ``init_cfg`` (which may name a checkpoint)."""
-        level = logging.root.manager.disable
-        logging.disable(logging.INFO)  # mmengine reports every parameter
-        try:
-            for child in self.children():
-                if isinstance(child, BaseModule):
-                    child.init_weights()
-        finally:
-            logging.disable(level)
+        initialise(*(child for child in self.children() if isinstance(child, BaseModule)))
 
     def select_taps(self, available: Mapping[str, Callable[[], Tensor]], taps: Collection[str]) -> dict[str, Tensor]:
         """The asked taps, made only now, out of those that this detector has.
@@ -122,6 +115,17 @@ class Detector(nn.Module, ABC):
 def head_map(head: list[dict[str, Tensor]]) -> Tensor:
     """The ``head`` tap: all maps of all tasks in order, [B, sum of channels, H, W]."""
     return torch.cat([task_map for task in head for task_map in task.values()], dim=1)
+
+
+def initialise(*modules: BaseModule) -> None:
+    """Initialise the weights of mmengine's modules by their ``init_cfg``, which may name a checkpoint."""
+    level = logging.root.manager.disable
+    logging.disable(logging.INFO)  # mmengine reports every parameter
+    try:
+        for module in modules:
+            module.init_weights()
+    finally:
+        logging.disable(level)
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:

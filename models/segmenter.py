@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +15,11 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import ConfigDict
-from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from models.camera import IMAGE_MEAN, IMAGE_STD
+from models.detector import initialise
 from models.roi_align import RoIAlign
 
 CLASS_HEADS = ("bbox_head", "mask_head")
@@ -120,17 +119,6 @@ def build_segmenter(config: Mapping[str, Any]) -> Segmenter:
     segmenter = Segmenter(config["model"], config["classes"])
     initialise(segmenter.detector)
     return segmenter
-
-
-def initialise(*modules: BaseModule) -> None:
-    """Initialise the weights of mmdet modules by their ``init_cfg``, which may name a checkpoint."""
-    level = logging.root.manager.disable
-    logging.disable(logging.INFO)  # mmengine reports every parameter
-    try:
-        for module in modules:
-            module.init_weights()
-    finally:
-        logging.disable(level)
 
 
 def with_classes(model: Mapping[str, Any], count: int) -> ConfigDict:

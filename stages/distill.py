@@ -21,11 +21,12 @@ from models.distill import Recipe, TermConfig
 from pipeline.params import ImportParams, TeacherStart, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import WATCHED, train
+from pipeline.trainer import WATCHED
 from stages.frozen import evenly
 from stages.identity import store_identity
 from stages.inputs import plain_dataset, training_dataset
 from stages.sources import OnlineTeacher, Sources
+from stages.training import train_stage
 from stages.weights import load_detector, save_detector, start_from
 
 logger = logging.getLogger(__name__)
@@ -82,18 +83,7 @@ def run(context: StageContext) -> None:
         task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
         samples = samples_of(context, student, sources, seed)
         dataset, collate_batch = taught(samples, task.recipe, sources)
-        weights = train(
-            task,
-            dataset,
-            collate_batch,
-            settings.train,
-            seed=seed,
-            scratch=context.scratch,
-            tracker=context.tracker,
-            stop=context.stop.is_set,
-            label=context.spec.address,
-            classes=samples.classes,
-        )
+        weights = train_stage(context, task, dataset, collate_batch, settings.train, seed, samples.classes)
     except (StoreError, BlobError, ValidationError) as error:
         raise StageError(str(error)) from error
     if context.rank == 0:

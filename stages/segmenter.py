@@ -14,8 +14,8 @@ from models.segmenter import Segmenter
 from pipeline.params import SegmenterParams
 from pipeline.seeding import MODEL, seed_everything
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import train
 from stages.instances import detection_names, make_segmenter, segmenter_config
+from stages.training import train_stage
 from stages.weights import save_detector, start_from
 
 
@@ -64,16 +64,7 @@ def trained(context: StageContext, settings: SegmenterParams, segmenter: Segment
     """Weights after the training on `data.instances.train`."""
     assert settings.train is not None
     try:
-        return train(
-            Supervised(segmenter),
-            training_images(context, settings),
-            collate_images,
-            settings.train,
-            seed=context.seed,
-            scratch=context.scratch,
-            tracker=context.tracker,
-            stop=context.stop.is_set,
-            label=context.spec.address,
-        )
+        images = training_images(context, settings)
+        return train_stage(context, Supervised(segmenter), images, collate_images, settings.train, context.seed)
     except (BlobError, CocoError) as error:
         raise StageError(str(error)) from error

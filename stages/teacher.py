@@ -11,8 +11,8 @@ from data.blobs import BlobError
 from models.detector import Detector, build_detector
 from pipeline.seeding import MODEL, seed_everything
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import train
 from stages.inputs import training_dataset
+from stages.training import train_stage
 from stages.weights import save_detector
 
 
@@ -37,18 +37,8 @@ def run(context: StageContext) -> None:
     detector = build_detector(teacher.model)
     dataset = training_dataset(context.root, context.params, detector, context.seed, split)
     try:
-        weights = train(
-            Supervised(detector),
-            dataset,
-            collate,
-            teacher.train,
-            seed=context.seed,
-            scratch=context.scratch,
-            tracker=context.tracker,
-            stop=context.stop.is_set,
-            label=context.spec.address,
-            classes=dataset.classes,
-        )
+        task = Supervised(detector)
+        weights = train_stage(context, task, dataset, collate, teacher.train, context.seed, dataset.classes)
     except BlobError as error:
         raise StageError(str(error)) from error
     if context.rank == 0:

@@ -12,11 +12,11 @@ from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from models.detector import Batch, Prediction
+from models.detector import Batch, Prediction, initialise
 from models.distill.term import Outcome, Term
 from models.distill.terms import TermConfig
 from models.roi_align import RoIAlign
-from models.segmenter import Instances, initialise, training_samples, two_stage_losses
+from models.segmenter import Instances, training_samples, two_stage_losses
 
 WIDTH = 64
 """Channels of the pyramid and the heads where ``adapter.width`` is not set."""

@@ -24,7 +24,6 @@ PROFILES = {
         "The synthetic city at full size with a pretrained backbone: the profile that settles gains on this city. "
         "They do not carry over to nuScenes by themselves."
     ),
-    "start": "A student trained for longer on the small synthetic city, for other profiles to start from.",
     "stores": (
         "Feature distillation from differently encoded teacher outputs, all students from one start, on the small "
         "synthetic city: it resolves differences of about 0.008 mAP, and compares encodings, not methods."

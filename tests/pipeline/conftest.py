@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from pipeline.profiles import apply_profile
 from tests.pipeline.project import ROOT, Project
 
 
@@ -21,6 +22,15 @@ def project(tmp_path: Path) -> Iterator[Project]:
     made = Project(tmp_path / "project")
     yield made
     made.stop_all()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The repository's params.yaml at profile `demo`, beside its profiles."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    apply_profile("demo", tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

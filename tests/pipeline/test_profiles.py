@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ other:
   text: "a # b"               # not a comment inside
 last: 1
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    apply_profile("demo", tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", available(ROOT))

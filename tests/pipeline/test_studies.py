@@ -31,13 +31,10 @@ study: {variants: [baseline,
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    for name in ("profiles", "studies"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "studies/made.yaml").write_text(STUDY)
-    apply_profile("demo", tmp_path)
-    return tmp_path
+def folder(folder: Path) -> Path:
+    shutil.copytree(ROOT / "studies", folder / "studies")
+    (folder / "studies/made.yaml").write_text(STUDY)
+    return folder
 
 
 @pytest.mark.parametrize("name", available(ROOT))

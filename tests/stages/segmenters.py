@@ -17,6 +17,7 @@ from stages import extract
 from stages.instances import segmenter_config
 from stages.weights import save_detector
 from tests.models.test_segmenter import small_model
+from tests.stages.untrained import make_root
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (32, 64)
@@ -68,6 +69,13 @@ def publish_untrained(root: Path, params: Params) -> Path:
     folder = root / "outputs/teachers/instance"
     save_detector(folder, config, segmenter.state_dict())
     return folder
+
+
+def root_with_segmenter(folder: Path, train_keyframes: int) -> Path:
+    """A project with a tiny city, its index, a LiDAR teacher and a segmenter, both untrained."""
+    root = make_root(folder, train_keyframes=train_keyframes)
+    publish_untrained(root, parse())
+    return root
 
 
 def extracted(root: Path, params: Params, fingerprint: str = "f") -> Store:

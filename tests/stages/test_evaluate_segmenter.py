@@ -22,17 +22,14 @@ from pipeline.stage import StageError
 from stages import evaluate_segmenter
 from stages.evaluate_segmenter import flat_metrics, spread
 from stages.instances import InstanceFinder
-from tests.stages.segmenters import SIZE, context_of, parse, publish_untrained
-from tests.stages.untrained import make_root
+from tests.stages.segmenters import SIZE, context_of, parse, root_with_segmenter
 
 KEEP = {"images", "parameters", "bbox", "mask", "classes", "kind", "key"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_root(tmp_path_factory.mktemp("made"), train_keyframes=1)
-    publish_untrained(root, parse())
-    return root
+    return root_with_segmenter(tmp_path_factory.mktemp("made"), train_keyframes=1)
 
 
 @pytest.fixture

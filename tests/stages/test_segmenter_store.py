@@ -28,8 +28,7 @@ from stages.inputs import camera_dataset, plain_dataset
 from stages.instances import InstanceFinder
 from stages.sources import Sources
 from stages.weights import load_detector
-from tests.stages.segmenters import SIZE, context_of, extracted, parse, publish_untrained, values
-from tests.stages.untrained import make_root
+from tests.stages.segmenters import SIZE, context_of, extracted, parse, publish_untrained, root_with_segmenter, values
 
 CPU = torch.device("cpu")
 SAMPLES = 4
@@ -37,9 +36,7 @@ SAMPLES = 4
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_root(tmp_path_factory.mktemp("made"), train_keyframes=2)
-    publish_untrained(root, parse())
-    return root
+    return root_with_segmenter(tmp_path_factory.mktemp("made"), train_keyframes=2)
 
 
 @pytest.fixture
