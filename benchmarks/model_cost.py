@@ -4,9 +4,10 @@
 there is one, else on the CPU, one inference and one training step of a sample: six cameras, all keyframes of the
 profile. It needs no data and no weights. One profile per run, because a process's peak memory never falls.
 
-Multiply-adds are torch's count (torch.utils.flop_counter, halved) of convolutions and matrix products, for terms those
-of the training step's forward pass; pooling into BEV is not counted (below 0.1 G). What is kept for the backward pass
-counts every storage once, at the first part that keeps it.
+Multiply-adds are those of convolutions and matrix products as stages/cost.py counts them, for terms those of the
+training step's forward pass. Pooling into BEV (below 0.1 G), the sampling of deformable attention and sparse
+convolutions are not counted. What is kept for the backward pass counts every storage once, at the first part that keeps
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,28 +28,25 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.charts import machine
-from benchmarks.synthetic import CAMERAS, random_samples
 from data.batch import Batch, collate
 from data.classes import CLASSES
 from data.instances import ImageInstances
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
 from models.segmenter import build_segmenter
+from models.targets import CODE_SIZE
 from pipeline.params import Params
 from pipeline.profiles import apply_profile
 from pipeline.trainer import minimised, parameter_groups
+from stages.cost import MultiplyAdds, parameters_of
+from stages.synthetic import CAMERAS, random_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTANCES = 8
 """Per image, about what a segmenter finds on nuScenes."""
-PARTS = {"image backbone": ["image_backbone"], "image neck": ["image_neck"], "depth net": ["depth_net"],
-         "BEV encoder": ["bev_backbone", "bev_neck"], "head": ["head"]}
-
-
-REST = "lift, losses"
+REST = "the rest, losses"
 
 
 class Step(NamedTuple):
@@ -56,7 +54,7 @@ class Step(NamedTuple):
 
     kept: dict[str, int]
     """Bytes that the forward pass keeps for the backward pass, by part and term."""
-    macs: dict[str, float]
+    macs: dict[str, int]
     """Of the forward passes of the terms."""
     before: int
     """Bytes in use before the step."""
@@ -70,7 +68,7 @@ class Row(NamedTuple):
 
     part: str
     parameters: int
-    macs: float
+    macs: int
     kept: int
 
 
@@ -82,27 +80,25 @@ def params_of(profile: str) -> Params:
         return apply_profile(profile, Path(name))
 
 
-def count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def macs(counted: FlopCounterMode, module: str) -> float:
-    """Multiply-adds of a module by its name, or of everything."""
-    return sum(counted.get_flop_counts().get(module, {}).values()) / 2
+def parts_of(student: Detector) -> dict[str, nn.Module]:
+    """The student's submodules by name, image backbone and neck apart."""
+    parts: dict[str, nn.Module] = {}
+    for name, child in student.named_children():
+        inner = {f"{name}.{part}": module for part, module in child.named_children() if part in ("backbone", "neck")}
+        parts |= inner or {name: child}
+    return parts
 
 
 class Kept:
     """Adds up what autograd keeps, by the innermost of some modules that is running."""
 
-    def __init__(self, parts: Mapping[str, Sequence[nn.Module]], parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], parameters: Iterable[nn.Parameter]) -> None:
         self.bytes: dict[str, int] = dict.fromkeys([*parts, REST], 0)
         self.running = [REST]
         self.seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        for name, modules in parts.items():
-            for module in modules:
-                module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
-                module.register_forward_hook(lambda *_: self.running.pop() and None)
+        for name, module in parts.items():
+            module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
+            module.register_forward_hook(lambda *_: self.running.pop() and None)
 
     def watching(self) -> saved_tensors_hooks:
         """A context that counts."""
@@ -124,28 +120,27 @@ class Bench:
         settings, self.variant = params.student(variant), params.variants[variant]
         self.train, self.size = settings.train, params.input.image.size
         self.student: Detector = build_detector(settings.model).to(self.device)
-        self.frozen = {name: count(build_detector(params.teachers[name].model)) for name in params.study.teachers}
+        self.frozen = {name: parameters_of(build_detector(params.teachers[name].model))
+                       for name in params.study.detectors}
         for name in params.study.segmenters:
             given = params.segmenters[name]
             model = build_segmenter({"model": given.model, "classes": given.classes or CLASSES})
-            self.frozen[name] = count(model)
+            self.frozen[name] = parameters_of(model)
         self.recipe = self._recipe(params).to(self.device)
         self.batch: Batch = collate(random_samples(params, 1)).to(self.device)
         self.teacher = self._teacher_outputs()
-        self.parts = {name: [getattr(self.student, child) for child in children] for name, children in PARTS.items()}
+        self.parts = parts_of(self.student)
 
-    def rows(self, step: Step, counted: FlopCounterMode) -> list[Row]:
+    def rows(self, step: Step, counted: MultiplyAdds) -> list[Row]:
         """The student's parts, the student, the terms."""
         name = type(self.student).__name__
-        rows = [
-            Row(part, sum(map(count, modules)), sum(macs(counted, f"{name}.{child}") for child in PARTS[part]),
-                step.kept[part])
-            for part, modules in self.parts.items()
-        ]
-        whole = Row("student", count(self.student), macs(counted, name), sum(step.kept[part] for part in self.parts))
+        rows = [Row(part, parameters_of(module), counted.of([f"{name}.{part}"]), step.kept[part])
+                for part, module in self.parts.items()]
+        kept = sum(step.kept[part] for part in self.parts)
+        whole = Row("student", parameters_of(self.student), counted.of([name]), kept)
         rest = Row(REST, whole.parameters - sum(row.parameters for row in rows),
                    whole.macs - sum(row.macs for row in rows), step.kept[REST])
-        terms = [Row(f"train-only: {term}", count(module), step.macs[term], step.kept[term])
+        terms = [Row(f"train-only: {term}", parameters_of(module), step.macs[term], step.kept[term])
                  for term, module in self.recipe.terms.items()]
         return [*rows, rest, whole._replace(kept=whole.kept + rest.kept), *terms]
 
@@ -156,7 +151,7 @@ class Bench:
             store, _, tap = config.teacher.partition(".")
             if tap not in ("boxes", "inst2d"):
                 teacher = build_detector(params.teachers[params.stores[store].teacher].model)
-                self.widths[config.teacher] = teacher.tap_channels[tap]
+                self.widths[config.teacher] = channels_of(teacher, tap)
         student, stride = self.student, getattr(self.student, "stride", None)
         return Recipe(terms, student.targets, student.tap_channels, self.widths, stride=stride)
 
@@ -180,10 +175,10 @@ class Bench:
         return torch.autocast(self.device.type, half, enabled=self.train.precision != "32-true")
 
     @torch.no_grad()
-    def inference(self) -> FlopCounterMode:
+    def inference(self) -> MultiplyAdds:
         """The student on the sample, counted."""
         self.student.eval()
-        with FlopCounterMode(display=False) as counted, self.autocast():
+        with MultiplyAdds(self.student) as counted, self.autocast():
             self.student(self.batch)
         return counted
 
@@ -192,11 +187,11 @@ class Bench:
         modules = nn.ModuleList([self.student, self.recipe])
         modules.train()
         optimizer = torch.optim.AdamW(parameter_groups(modules, 0.01), lr=1e-6)
-        kept = Kept(self.parts | {name: [term] for name, term in self.recipe.terms.items()}, modules.parameters())
+        kept = Kept({**self.parts, **self.recipe.terms}, modules.parameters())
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before, start = self.memory(), time.process_time()
-        with self.autocast(), kept.watching(), FlopCounterMode(display=False) as counted:
+        with self.autocast(), kept.watching(), MultiplyAdds(modules) as counted:
             prediction = self.student(self.batch, self.recipe.student_taps)
             losses = self.student.loss(prediction, self.batch)
             losses |= self.recipe(prediction, self.teacher, self.batch, 0.5)
@@ -205,7 +200,7 @@ class Bench:
         optimizer.step()
         peak = self.peak()
         seconds = time.process_time() - start
-        terms = {name: macs(counted, f"Recipe.modules_of_terms.{i}") for i, name in enumerate(self.recipe.terms)}
+        terms = {name: counted.of([f"Recipe.modules_of_terms.{i}"]) for i, name in enumerate(self.recipe.terms)}
         return Step(kept.bytes, terms, before, peak, seconds)
 
     def memory(self) -> int:
@@ -218,6 +213,13 @@ class Bench:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def channels_of(teacher: Detector, tap: str) -> int:
+    """Of a dense tap; the head's are the heatmap and the regression code of each of its tasks."""
+    if tap == "head":
+        return teacher.targets.classes + CODE_SIZE * len(teacher.targets.task_sizes)
+    return teacher.tap_channels[tap]
 
 
 def random_instances(generator: torch.Generator, size: tuple[int, int], device: torch.device) -> ImageInstances:

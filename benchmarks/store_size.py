@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from benchmarks.synthetic import random_samples
 from data.batch import collate
 from data.store import Calibration, Encoding
 from data.store.encoding import decode_map, encode_map
@@ -32,6 +31,7 @@ from models.detector import build_detector
 from pipeline.params import Params, StoreParams, load_params
 from pipeline.seeding import MODEL, seed_everything
 from stages.frozen import KEEP, FrozenTeacher, View, evenly
+from stages.synthetic import random_samples
 
 TAP = "bev_lift"
 TRAINVAL = 28_130  # training samples of nuScenes

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from benchmarks.synthetic import random_boxes, random_samples
 from data.batch import Sample, collate
 from data.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
@@ -41,6 +40,7 @@ from pipeline.seeding import MODEL, seed_everything
 from pipeline.trainer import Trainer
 from stages.distill import Distillation, make_recipe
 from stages.sources import OnlineTeacher, Sources
+from stages.synthetic import random_boxes, random_samples
 
 PLAIN, RESIDENT, ONLINE = "no distillation", "targets on the device", "online teacher"
 STORED = {"store, float16": Encoding(), "store, int8 occ. zstd": Encoding("int8", None, "occupied", "zstd")}

@@ -69,6 +69,9 @@ _BOTTOM: Final = ((0, 1), (1, 2), (2, 3), (3, 0))
 _EDGES: Final = np.array([*_BOTTOM, *((a + 4, b + 4) for a, b in _BOTTOM), *((a, a + 4) for a in range(4))])
 _FRONT: Final = np.array([0, 3, 7, 4])  # corners of the face at +length / 2
 _CASING: Final = (withStroke(linewidth=2.4, foreground=(0, 0, 0, 0.45)),)
+_STRENGTH: Final = LinearSegmentedColormap.from_list(
+    "strength", ["#1c2431", "#3a2a6d", "#b23a78", "#f6a04d", "#ffffff"]
+)
 _HEIGHT: Final = LinearSegmentedColormap.from_list("height", ["#33424f", "#5f7b8f", "#9db8c9", "#dfe9ef"])
 
 
@@ -306,6 +309,24 @@ def draw_map(
     return _render(figure)
 
 
+def draw_strength(
+    strength: NDArray[np.float32], extent: float, shown: Boxes, title: str, side: int = _BEV
+) -> Picture:
+    """How strong a feature map is in each cell, from dark to the white of its 99th percentile, with outlines of boxes.
+
+    Args:
+        strength: [H, W], not negative, H along y and W along x of the LiDAR frame.
+        extent: half the side of the map, metres; all of it is shown.
+        shown: boxes to outline.
+        title: the line above.
+        side: of the panel, pixels.
+    """
+    white = np.percentile(strength, 99)
+    colours = (_STRENGTH(strength / (white or 1.0))[..., :3] * 255).round().astype(np.uint8)
+    nothing = Boxes(np.empty((0, 9)), np.empty(0, np.int64))
+    return draw_map(colours, extent, shown, title, nothing, extent, side)
+
+
 def feature_colours(features: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> Picture:
     """Colours of a feature map: its three principal components as red, green and blue.
 
@@ -406,7 +427,13 @@ def compose(truth: tuple[Picture, Picture], predicted: tuple[Picture, Picture], 
 
 def compose_instances(truth: Picture, predicted: Picture, caption: str) -> Picture:
     """One picture of a camera image: the panel of the truth, that of the predictions beside it, the caption below."""
-    body = np.concatenate([truth, _blank(truth.shape[0], _GAP), predicted], axis=1)
+    return compose_row([truth, predicted], caption)
+
+
+def compose_row(panels: Sequence[Picture], caption: str) -> Picture:
+    """One picture: panels of one height side by side, then the caption."""
+    parts = [part for panel in panels for part in (panel, _blank(panel.shape[0], _GAP))][:-1]
+    body = np.concatenate(parts, axis=1)
     return np.concatenate([body, _caption(caption, body.shape[1])])
 
 

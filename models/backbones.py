@@ -1,12 +1,15 @@
-"""ResNets that mmdet does not have: BEVDepth's on a BEV map, and one for images that do not fit into memory."""
+"""ResNets that mmdet does not have: BEVDepth's and BEVFusion's on a BEV map, one for images too large for memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mmdet.models.backbones import ResNet
+from mmdet.models.backbones.resnet import BasicBlock
+from mmdet.models.layers import ResLayer
 from mmdet3d.registry import MODELS
-from torch import Tensor
+from mmengine.model import BaseModule
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -31,6 +34,37 @@ class BEVResNet(ResNet):
             x = getattr(self, name)(x)
             if number in self.out_indices:
                 maps.append(x)
+        return tuple(maps)
+
+
+@MODELS.register_module()
+class StagedResNet(BaseModule):
+    """Residual blocks on a BEV map, stage after stage, with no stem: the decoder's backbone of BEVFusion.
+
+    Liu et al., "BEVFusion", ICRA 2023.
+
+    Args:
+        in_channels: channels of the map.
+        channels: of each stage.
+        strides: of each stage's first block.
+        blocks: of each stage.
+    """
+
+    def __init__(self, in_channels: int, channels: list[int], strides: list[int], blocks: list[int]) -> None:
+        super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
+        if not len(channels) == len(strides) == len(blocks):
+            raise ValueError(f"StagedResNet channels {channels}, strides {strides}, blocks {blocks}: give one of each "
+                             "per stage")
+        before = [in_channels, *channels[:-1]]
+        self.stages = nn.ModuleList(ResLayer(BasicBlock, *stage)
+                                    for stage in zip(before, channels, blocks, strides, strict=True))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of all stages for a map [B, in_channels, H, W]."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
         return tuple(maps)
 
 

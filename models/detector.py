@@ -6,6 +6,7 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from models.targets import TargetEncoder
 
-TAPS = ("pv", "depth", "bev_lift", "bev_view", "bev_prev", "bev_fused", "bev_neck", "head", "boxes", "inst2d", "embed")
+TAPS = ("pv", "depth", "bev_lift", "bev_lift_camera", "bev_lift_lidar", "bev_lift_simulated", "bev_lift_uncompensated",
+        "bev_view", "bev_prev", "bev_fused", "bev_neck", "head", "boxes", "inst2d", "embed")
 """The closed vocabulary of taps."""
 
 
@@ -53,8 +55,8 @@ class Prediction(NamedTuple):
     """Per task: ``heatmap`` logits, ``reg``, ``height``, ``dim``, ``rot``, ``vel``, each [B, channels, H, W]."""
     taps: dict[str, Tensor]
     """The taps that were asked for."""
-    depth: Tensor | None = None
-    """[B, N, D, h, w] depth logits of the current frame, of detectors that predict depth."""
+    depth: tuple[Tensor, ...] = ()
+    """Of detectors that predict depth, for each lift its logits [B, N, D, h, w] of the current frame."""
 
 
 class Detections(NamedTuple):
@@ -79,6 +81,8 @@ class Detector(nn.Module, ABC):
     """How boxes become head targets on this detector's grid."""
     truth_losses: tuple[str, ...] = ("heatmap", "box")
     """Those of the losses that compare with the true boxes."""
+    places: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Where weights of other detectors fit: the name of a module there -> names here. Unlisted: the same name."""
 
     @abstractmethod
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
@@ -135,12 +139,15 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
         ValueError: if ``type`` is missing or not a detector of this project.
     """
     import models.camera
+    import models.fusion
     import models.lidar
-    import models.radar  # noqa: F401 (registers the detectors)
+    import models.radar
+    import models.simulated  # noqa: F401 (registers the detectors)
 
     name = config.get("type")
     if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
-        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint or CameraBEVDepth")
+        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
+                         "BEVFusion or SimulatedFusion")
     detector = MODELS.build(copy.deepcopy(dict(config)))
     detector.init_weights()
     return detector

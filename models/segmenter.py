@@ -18,8 +18,8 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from models.camera import IMAGE_MEAN, IMAGE_STD
 from models.detector import initialise
+from models.images import IMAGE_MEAN, IMAGE_STD
 from models.roi_align import RoIAlign
 
 CLASS_HEADS = ("bbox_head", "mask_head")

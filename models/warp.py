@@ -15,7 +15,8 @@ def warp_bev(maps: Tensor, bev_aug: Tensor, extent: float, out_extent: float | N
     """Bilinear warp of maps in the LiDAR frame into the augmented frame.
 
     Exact for flips and quarter turns. The values are taken as they are: a map whose values depend on the frame
-    (offsets, velocities) must not be warped. Fastest for maps whose channels lie last in memory.
+    (offsets, velocities) must not be warped so; for head maps there is :func:`models.head_maps.warp_head`. Fastest for
+    maps whose channels lie last in memory.
 
     Args:
         maps: [B, C, H, W] with H = W, over +-extent metres.
@@ -29,10 +30,7 @@ def warp_bev(maps: Tensor, bev_aug: Tensor, extent: float, out_extent: float | N
         and are present, bool [B, 1, H', W'].
     """
     batch, channels, size, _ = maps.shape
-    cell = 2 * extent / size
-    out_extent = extent if out_extent is None else out_extent
-    out_size = round(2 * out_extent / cell)
-    position = (_sources(bev_aug, out_size, cell, out_extent) + extent) / cell - 0.5  # in cells from the first centre
+    position, out_size = source_cells(bev_aug, size, extent, extent if out_extent is None else out_extent)
     nearest = position.round()
     position = torch.where((position - nearest).abs() < SNAP, nearest, position)
     valid = ((position >= 0) & (position <= size - 1)).all(-1)
@@ -45,6 +43,23 @@ def warp_bev(maps: Tensor, bev_aug: Tensor, extent: float, out_extent: float | N
         valid &= (present.flatten()[rows] | (weights == 0)).all(-1)
     shape = (batch, out_size, out_size)
     return warped.view(*shape, channels).permute(0, 3, 1, 2).to(maps.dtype), valid.view(shape).unsqueeze(1)
+
+
+def source_cells(bev_aug: Tensor, size: int, extent: float, out_extent: float) -> tuple[Tensor, int]:
+    """Where in a map the cells of the augmented frame come from.
+
+    Args:
+        bev_aug: [B, 4, 4] LiDAR frame -> augmented frame.
+        size: cells along a side of the map.
+        extent: half the side of the map, metres.
+        out_extent: half the side of the result, metres.
+
+    Returns:
+        Positions [B, H' * W', 2] (x, y) float64 in cells of the map, 0 at the centre of its first cell, and H' = W'.
+    """
+    cell = 2 * extent / size
+    out_size = round(2 * out_extent / cell)
+    return (_sources(bev_aug, out_size, cell, out_extent) + extent) / cell - 0.5, out_size
 
 
 def _sources(bev_aug: Tensor, size: int, cell: float, extent: float) -> Tensor:

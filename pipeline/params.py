@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -250,9 +250,10 @@ class StoreParams(Section):
 
 
 class TeacherStart(Section):
-    """A student starts from an entry of `teachers` with the same model."""
+    """A student starts from an entry of `teachers`: from all of it, then of the same model, or from some modules."""
 
     teacher: str
+    only: list[str] | None = None  # names of modules
 
 
 class StudentParams(Section):
@@ -282,15 +283,30 @@ class StorageParams(Section):
     gap_samples: int = Field(ge=0)  # evenly spaced; served taps are compared with a rerun teacher's; 0 = not compared
 
 
+class PartsParams(Section):
+    """Names of the teachers that fusion teachers start from."""
+
+    lidar: str
+    camera: str
+
+
 class StudyParams(Section):
     """What one report compares."""
 
     teachers: list[str]
+    parts: PartsParams
+    fusions: list[str]  # entries of `teachers` that are trained in a second step, from the parts
     segmenters: list[str]
     stores: list[str]
     variants: list[str]
+    featured: list[str]  # variants whose simulated LiDAR features are drawn beside the teacher's
     seeds: list[int]
     search: str | None = None  # studies/results/<search>.json: how the weights of the terms were chosen
+
+    @property
+    def detectors(self) -> list[str]:
+        """All teachers of 3D boxes, those of one step first."""
+        return [*self.teachers, *self.fusions]
 
 
 class EvaluateParams(Section):
@@ -341,11 +357,13 @@ class Params(Section):
         return self
 
     def _unknown_names(self) -> Iterable[str]:
-        checks: list[tuple[str, list[str], Mapping[str, Any]]] = [
+        checks: list[tuple[str, list[str], Collection[str]]] = [
             ("study.teachers", self.study.teachers, self.teachers),
+            ("study.fusions", self.study.fusions, self.teachers),
             ("study.segmenters", self.study.segmenters, self.segmenters),
             ("study.stores", self.study.stores, self.stores),
             ("study.variants", self.study.variants, self.variants),
+            ("study.featured", self.study.featured, self.study.variants),
         ]
         sources = {**self.teachers, **self.segmenters}
         checks += [(f"stores.{name}.teacher", [s.teacher], sources) for name, s in self.stores.items()]
@@ -365,6 +383,11 @@ class Params(Section):
             yield f"data.instances: missing, and study.segmenters {self.study.segmenters} need it"
         for name in sorted(self.teachers.keys() & self.segmenters.keys()):
             yield f"segmenters.{name}: teachers has the same name, and both are published in outputs/teachers"
+        if both := sorted({*self.study.teachers} & {*self.study.fusions}):
+            yield f"study.fusions: {both} are in study.teachers too: a teacher is trained in one step or in two"
+        for part, name in self.study.parts.model_dump().items() if self.study.fusions else ():
+            if name not in self.study.teachers:
+                yield f"study.parts.{part}: study.fusions need {name!r} in study.teachers {self.study.teachers}"
         if len(set(self.study.seeds)) < len(self.study.seeds):
             yield f"study.seeds: {self.study.seeds} lists a seed more than once"
 
@@ -387,7 +410,7 @@ class Params(Section):
             if not store.cached:
                 yield f"study.stores: all taps of {name!r} are online, so there is nothing to extract: leave it out"
             section = "segmenters" if store.teacher in self.segmenters else "teachers"
-            listed = getattr(self.study, section)
+            listed = self.study.segmenters if section == "segmenters" else self.study.detectors
             if store.teacher not in listed:
                 yield f"study.stores: {name!r} needs teacher {store.teacher!r} in study.{section} {listed}"
 
@@ -426,7 +449,7 @@ class Params(Section):
 
     def _missing_source(self, where: str, name: str, tap: str) -> Iterable[str]:
         """What the study lacks of a tap that one of its variants reads."""
-        store, stores, teachers = self.stores[name], self.study.stores, self.study.teachers
+        store, stores, teachers = self.stores[name], self.study.stores, self.study.detectors
         if store.taps[tap].cached and name not in stores:
             yield f"{where}: '{name}.{tap}' needs store {name!r} in study.stores {stores}"
         elif not store.taps[tap].cached and store.teacher not in teachers:
@@ -495,12 +518,17 @@ def _bad_tap(name: str, tap: TapParams) -> Iterable[str]:
     allowed: tuple[str, ...] = ("cached-exact", "online") if name == "boxes" else ("cached-warp", "online")
     if name == "inst2d":
         allowed = ("cached-exact",)
-    if name == "head":  # offsets, yaw and velocity depend on the frame, so a warp would falsify them
-        allowed = ("online",)
     if tap.serve not in allowed:
         yield f"serve {tap.serve!r} is not possible for {name}; allowed: {', '.join(allowed)}"
     if name in EXACT_TAPS and (given := sorted(tap.model_fields_set - {"serve"})):
         yield f"{name} is stored exactly and takes no {', '.join(given)}: leave it out"
+    if name == "head" and tap.cached:  # its boxes are moved value by value, cell by cell
+        if tap.dtype not in ("float32", "float16"):
+            yield f"dtype {tap.dtype!r} is not possible for head; allowed: float32, float16"
+        if tap.channels is not None:
+            yield f"channels {tap.channels} is not possible for head; allowed: null"
+        if tap.cells != "all":
+            yield f"cells {tap.cells!r} is not possible for head; allowed: all"
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:

@@ -17,11 +17,13 @@ from data.batch import Batch, collate
 from data.boxes import transform_boxes
 from data.dataset import GridConfig
 from data.store import Store
+from models.head_maps import task_scores
+from models.targets import TargetEncoder
 from pipeline.params import Params
 from stages.calibration import rounded
 from stages.frozen import BATCH, Frozen, FrozenTeacher, View, evenly
 from stages.inputs import grown_grid, plain_dataset
-from stages.serving import serve_maps
+from stages.serving import serve_head, serve_maps
 
 # Augmentations whose gap is measured.
 PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -67,7 +69,8 @@ def measure_gaps(root: Path, params: Params, teacher: Frozen, store: Store) -> d
     """Mean |served - rerun| / mean |rerun| of each dense tap and augmentation, over the cells that are served.
 
     Served: read from the store, warped and expanded as a student gets it. Rerun: the teacher on augmented input.
-    Both on the student's grid.
+    Both on the student's grid. Of head maps a cell counts, task by task, by the score that the rerun teacher gives it:
+    what they say of the background is arbitrary.
 
     Args:
         root: of the project.
@@ -88,7 +91,7 @@ def measure_gaps(root: Path, params: Params, teacher: Frozen, store: Store) -> d
             rerun = view(augmented(batch, matrix, grown_grid(params, 0.0)).to(teacher.device))
             for tap in dense:
                 expected = torch.from_numpy(np.stack([outputs[tap] for outputs in rerun]))
-                sums[tap][name] += _difference(store, tap, batch.tokens, matrix, expected, params.grid.range)
+                sums[tap][name] += _difference(store, tap, batch.tokens, matrix, expected, teacher.plain.targets)
     return {tap: {n: rounded(float(e / max(s, 1e-30))) for n, (e, s) in by.items()} for tap, by in sums.items()}
 
 
@@ -153,17 +156,22 @@ def _wide_view(root: Path, params: Params, teacher: FrozenTeacher, taps: Sequenc
 
 
 def _difference(
-    store: Store, tap: str, tokens: Sequence[str], matrix: Tensor, expected: Tensor, extent: float
+    store: Store, tap: str, tokens: Sequence[str], matrix: Tensor, expected: Tensor, targets: TargetEncoder
 ) -> np.ndarray:
-    """Sums of |served - expected| and |expected| [B, C, H, W] over the cells that are served."""
+    """Weighted sums of |served - expected| and |expected| [B, C, H, W] over the cells that are served."""
     spec, samples = store.taps[tap], [store.read(token, [tap]) for token in tokens]
     maps = torch.from_numpy(np.stack([sample[tap] for sample in samples]))
     masks = [sample[f"{tap}.present"] for sample in samples if f"{tap}.present" in sample]
     present = torch.from_numpy(np.stack(masks)) if masks else None
     matrices, calibration = matrix.expand(len(tokens), 4, 4), store.calibration(tap)
-    served, valid = serve_maps(maps, present, calibration, spec.extent or extent, matrices, extent)
-    error = ((served - expected).abs() * valid).double().sum()
-    return np.array([float(error), float((expected.abs() * valid).double().sum())])
+    extent = spec.extent or targets.grid.range
+    if tap == "head":
+        served, weight = serve_head(maps, calibration, extent, matrices, targets)
+        weight = weight * task_scores(expected, targets)
+    else:
+        served, weight = serve_maps(maps, present, calibration, extent, matrices, targets.grid.range)
+    error = ((served - expected).abs() * weight).double().sum()
+    return np.array([float(error), float((expected.abs() * weight).double().sum())])
 
 
 def _inside(points: Tensor, grid: GridConfig) -> Tensor:

@@ -18,6 +18,7 @@ from data.store import Store, StoreError
 from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
+from models.targets import TargetEncoder
 from pipeline.params import ImportParams, TeacherStart, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
@@ -27,7 +28,7 @@ from stages.identity import store_identity
 from stages.inputs import plain_dataset, training_dataset
 from stages.sources import OnlineTeacher, Sources
 from stages.training import train_stage
-from stages.weights import load_detector, save_detector, start_from
+from stages.weights import load_detector, save_detector, start_from, start_in_part
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,12 @@ def run(context: StageContext) -> None:
         terms = {name: TermConfig(**term) for name, term in context.params.variants[variant].terms.items()}
         if not truth and all(term.student != "head" for term in terms.values()):
             raise StageError(f"variant {variant!r}: with truth false its head needs a term to learn from")
-        sources = open_sources(context, terms)
-        statistics = tap_statistics(context, sources)
         # The student comes first and from its own seed: all variants of a seed start from the same weights.
         seed_everything(MODEL, seed)
         student = build_detector(settings.model)
         start_as_set(context, student, settings.start)
+        sources = open_sources(context, terms, student.targets)
+        statistics = tap_statistics(context, sources)
         seed_everything(RECIPE, seed)
         task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
         samples = samples_of(context, student, sources, seed)
@@ -95,13 +96,22 @@ def run(context: StageContext) -> None:
 def start_as_set(context: StageContext, student: Detector, start: TeacherStart | ImportParams | None) -> None:
     """Give a student the weights that it starts from, if it has any."""
     if isinstance(start, TeacherStart):
-        start_from(student, context.root / f"outputs/teachers/{start.teacher}", None)
+        folder = context.root / f"outputs/teachers/{start.teacher}"
+        if start.only is None:
+            start_from(student, folder, None)
+        else:
+            start_in_part(student, folder, start.only)
     elif start is not None:
         start_from(student, context.root / start.folder, start.checksum)
 
 
-def open_sources(context: StageContext, terms: Mapping[str, TermConfig]) -> Sources:
-    """What the terms read: stores of their cached taps, teachers of their online ones; nothing without terms."""
+def open_sources(
+    context: StageContext, terms: Mapping[str, TermConfig], targets: TargetEncoder | None = None
+) -> Sources:
+    """What the terms read: stores of their cached taps, teachers of their online ones; nothing without terms.
+
+    A cached head needs the `targets` of the student, which say how it is laid out.
+    """
     asked: dict[str, set[str]] = {}
     for term in terms.values():
         name, _, tap = term.teacher.partition(".")
@@ -114,7 +124,7 @@ def open_sources(context: StageContext, terms: Mapping[str, TermConfig]) -> Sour
             stores[name] = open_store(context, name)
         if taps > cached:
             online[name] = open_teacher(context, name, taps - cached)
-    return Sources(stores, online, context.params.grid.range)
+    return Sources(stores, online, context.params.grid.range, targets)
 
 
 def open_store(context: StageContext, name: str) -> Store:

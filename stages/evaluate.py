@@ -1,4 +1,7 @@
-"""Stages `evaluate` and `evaluate_teacher`: published weights -> submission, the devkit's metrics, pictures."""
+"""Stages `evaluate`, `evaluate_teacher` and `evaluate_fusion`.
+
+Published weights -> submission, the devkit's metrics, pictures.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def subject(stage: str, key: str | None) -> Subject:
     """The stage's key taken apart; variants may have hyphens in their names."""
     if key is None:
         raise StageError(f"stage {stage} needs --key")
-    if stage == "evaluate_teacher":
+    if stage in ("evaluate_teacher", "evaluate_fusion"):
         return Subject("teacher", key, key, None)
     return Subject("student", key, *split_key(key))
 

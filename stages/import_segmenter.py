@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.classes import CATEGORY_TO_CLASS, CLASSES
-from models.camera import IMAGE_MEAN, IMAGE_STD
+from models.images import IMAGE_MEAN, IMAGE_STD
 from pipeline.errors import PipelineError
 from pipeline.params import COARSEST_STRIDE, ImportParams, SegmenterParams, read_yaml
 from pipeline.stage import publish

@@ -29,12 +29,17 @@ def run(context: StageContext) -> None:
         context.root / "reports/metrics",
         context.root / "outputs/predictions",
         context.root / "reports/stores",
+        context.root / "outputs/predictions/features",
+        context.root / "reports/cost.json",
         profile=params.profile,
         teachers=study.teachers,
+        fusions=study.fusions,
+        parts=study.parts.model_dump(),
         starts=starts(params),
         segmenters=study.segmenters,
         stores=study.stores,
         variants={name: params.variants[name].model_dump() for name in study.variants},
+        featured=study.featured,
         seeds=study.seeds,
         learned_from=sources,
         seen=seen(Index.open(context.root / INDEX), sources, getattr(params.data.splits, params.evaluate.split)),
@@ -57,15 +62,18 @@ def run(context: StageContext) -> None:
 
 
 def starts(params: Params) -> set[str]:
-    """The teachers from which students of the study start."""
-    students = [params.student(name) for name in params.study.variants]
-    return {student.start.teacher for student in students if isinstance(student.start, TeacherStart)}
+    """The teachers from which students or fusion teachers of the study start, and from which no store is made."""
+    study = params.study
+    students = [params.student(name) for name in study.variants]
+    begun = {student.start.teacher for student in students if isinstance(student.start, TeacherStart)}
+    parts = set(study.parts.model_dump().values()) if study.fusions else set()
+    return (begun | parts) - {params.stores[name].teacher for name in study.stores}
 
 
 def learned_from(params: Params) -> dict[str, str]:
     """Teachers of the study, and "students" -> the split that they learn from."""
     splits = params.data.splits
-    teachers = {name: params.teachers[name].split or splits.train for name in params.study.teachers}
+    teachers = {name: params.teachers[name].split or splits.train for name in params.study.detectors}
     return {**teachers, "students": splits.of_students}
 
 

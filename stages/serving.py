@@ -1,4 +1,4 @@
-"""How what a store holds becomes what a student compares with: one function for training, cards and pictures."""
+"""How what a store holds becomes what a student compares with: the same for training, cards and pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from data.store import Calibration
 from models.detector import Detections
+from models.head_maps import warp_head
+from models.targets import TargetEncoder
 from models.warp import warp_bev
 
 
@@ -43,6 +45,25 @@ def serve_maps(
     maps = calibration.expand(warped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     # After the expansion, because a stored zero of int8 need not mean 0.
     return maps.masked_fill_(~valid, 0.0), valid
+
+
+@torch.no_grad()
+def serve_head(
+    values: Tensor, calibration: Calibration, extent: float, bev_aug: Tensor, targets: TargetEncoder
+) -> tuple[Tensor, Tensor]:
+    """Stored head maps in the augmented frame: their boxes are moved, not only their cells.
+
+    Args:
+        values: [B, H, W, C] of the stored dtype.
+        calibration: of the tap.
+        extent: half the side of the stored maps in metres, halo included (`TapSpec.extent`).
+        bev_aug: [B, 4, 4] LiDAR frame -> augmented frame.
+        targets: the student's.
+
+    Returns:
+        Maps [B, C, H', W'] float32 on the student's grid, and the cells that have a source, bool [B, 1, H', W'].
+    """
+    return warp_head(calibration.expand(values).permute(0, 3, 1, 2), bev_aug, extent, targets)
 
 
 def box_rows(found: Detections, score_threshold: float) -> Tensor:

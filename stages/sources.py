@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from data.batch import collate
 from data.store import Store
 from models.detector import Detector
+from models.targets import TargetEncoder
 from pipeline.params import EXACT_TAPS
 from stages.frozen import BATCH
-from stages.serving import box_rows, serve_maps
+from stages.serving import box_rows, serve_head, serve_maps
 
 
 class OnlineTeacher:
@@ -79,10 +80,17 @@ class Sources:
         stores: by name, those that the batch holds cached taps of.
         online: by name of their entry in `stores` of params.yaml, the teachers that run in the step.
         extent: half the side of the student's grid in metres.
+        targets: of the student; cached head maps are moved by them.
     """
 
-    def __init__(self, stores: Mapping[str, Store], online: Mapping[str, OnlineTeacher], extent: float) -> None:
-        self.stores, self.online, self.extent = dict(stores), dict(online), extent
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        online: Mapping[str, OnlineTeacher],
+        extent: float,
+        targets: TargetEncoder | None = None,
+    ) -> None:
+        self.stores, self.online, self.extent, self.targets = dict(stores), dict(online), extent, targets
 
     @property
     def sensors(self) -> set[str]:
@@ -114,8 +122,15 @@ class Sources:
             if tap in EXACT_TAPS:
                 outputs[name] = value
             elif not tap.endswith(".present"):
-                spec, present = self.stores[store].taps[tap], batch.teacher.get(f"{name}.present")
-                calibration, reach = self.stores[store].calibration(tap), spec.extent or self.extent
-                served = serve_maps(value, present, calibration, reach, batch.bev_aug, self.extent)
-                outputs[name], outputs[f"{name}.valid"] = served
+                outputs[name], outputs[f"{name}.valid"] = self._dense(self.stores[store], tap, name, batch)
         return outputs
+
+    def _dense(self, store: Store, tap: str, name: str, batch: Any) -> tuple[Tensor, Tensor]:
+        """Maps of a store's tap and the cells that have a source."""
+        values, present = batch.teacher[name], batch.teacher.get(f"{name}.present")
+        calibration, reach = store.calibration(tap), store.taps[tap].extent or self.extent
+        if tap != "head":
+            return serve_maps(values, present, calibration, reach, batch.bev_aug, self.extent)
+        if self.targets is None:
+            raise ValueError(f"{name} is a cached head map: its boxes are moved by the student's targets, give them")
+        return serve_head(values, calibration, reach, batch.bev_aug, self.targets)

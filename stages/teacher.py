@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -29,12 +30,18 @@ class Supervised:
 
 def run(context: StageContext) -> None:
     """Train and publish one entry of `teachers`."""
+    train_teacher(context, lambda detector: None)
+
+
+def train_teacher(context: StageContext, start: Callable[[Detector], None]) -> None:
+    """Train and publish one entry of `teachers`, whose new detector `start` is given first."""
     if context.key not in context.params.teachers:
         raise StageError(f"teacher {context.key!r}: params.yaml has {', '.join(context.params.teachers)}")
     teacher = context.params.teachers[context.key]
     split = teacher.split or context.params.data.splits.train
     seed_everything(MODEL, context.seed)
     detector = build_detector(teacher.model)
+    start(detector)
     dataset = training_dataset(context.root, context.params, detector, context.seed, split)
     try:
         task = Supervised(detector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -80,6 +80,44 @@ def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
     except (OSError, SafetensorError) as error:
         raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
     fill(model, weights, path)
+
+
+def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None = None) -> set[str]:
+    """Give a detector what fits, by name and shape, of a published one of another kind.
+
+    Args:
+        detector: gets the weights, at the places that its `places` name.
+        folder: of the published one.
+        only: modules of the published one that are taken; None: all.
+
+    Returns:
+        Names of the weights that were set.
+
+    Raises:
+        StageError: the file is not readable, has no such module, or nothing of one fits.
+    """
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
+    own, chosen = detector.state_dict(), dict[str, Tensor]()
+    for module in only or sorted({name.partition(".")[0] for name in weights}):
+        found = {
+            place + name.removeprefix(module): weight
+            for name, weight in weights.items()
+            for place in detector.places.get(module, (module,))
+            if name.startswith(f"{module}.")
+        }
+        fits = {name: w for name, w in found.items() if name in own and own[name].shape == w.shape}
+        if only is not None and not fits:
+            known = ", ".join(sorted({name.partition(".")[0] for name in weights}))
+            raise StageError(f"{path}: nothing of module {module!r} fits the {type(detector).__name__}; it has {known}")
+        chosen |= fits
+    if not chosen:
+        raise StageError(f"{path}: no weight of it fits the {type(detector).__name__}")
+    detector.load_state_dict(own | chosen)
+    return set(chosen)
 
 
 def checksum_of(content: bytes) -> str:

@@ -25,9 +25,9 @@ def soft_gaussian_focal(logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
     return torch.where(peak, positive, negative)
 
 
-ELEMENTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": lambda student, teacher: (student - teacher).abs(),
-    "l2": lambda student, teacher: (student - teacher).square(),
-    "sl1": lambda student, teacher: F.smooth_l1_loss(student, teacher, reduction="none"),
+ELEMENTWISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "l1": lambda student, teacher, _: (student - teacher).abs(),
+    "l2": lambda student, teacher, _: (student - teacher).square(),
+    "sl1": lambda student, teacher, beta: F.smooth_l1_loss(student, teacher, reduction="none", beta=beta),
 }
-"""Regression distances by name."""
+"""Regression distances of student, teacher and beta, by name."""

@@ -42,7 +42,8 @@ class MapTerm(Term):
     """Feature distillation between dense BEV maps (X³KD's X-FD with the adapter ``decoder``; our reconstruction).
 
     Both maps are divided by the teacher's standard deviation per channel, a constant, so that weights mean the same
-    for every teacher. The cells that ``<tap>.valid`` leaves out do not count.
+    for every teacher; with ``normalise: false`` they are compared as they are (SimDistill's IMD, CMD and MMD-F). The
+    cells that ``<tap>.valid`` leaves out do not count.
     """
 
     std: Tensor
@@ -56,7 +57,7 @@ class MapTerm(Term):
                 raise ValueError(f"{what} '{kind}' does not apply to dense maps: use one of {', '.join(known)}")
         self.targets = targets
         self.adapter = ADAPTERS[config.adapter.kind](student_channels, teacher_channels, config.adapter)
-        self.register_buffer("std", channel_scale(std, teacher_channels, config.teacher))
+        self.register_buffer("std", channel_scale(std if config.normalise else None, teacher_channels, config.teacher))
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
         """See :class:`Term`."""
@@ -69,5 +70,5 @@ class MapTerm(Term):
                              f"'{self.config.teacher}' {list(target.shape)}: grids that differ need the adapter resize")
         valid = valid_cells(teacher, self.config.teacher, target)
         given = MaskInput(target, valid, batch, self.targets, self.config.mask)
-        distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std)
+        distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std, self.config.beta)
         return Outcome((distance.mean(1, keepdim=True) * MASKS[self.config.mask.kind](given)).sum())

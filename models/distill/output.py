@@ -1,11 +1,12 @@
 """Distillation of a teacher's output, its boxes or its head maps, into the student's head maps.
 
-X³KD's X-OD in two readings, both our reconstruction: by boxes and dense.
+X³KD's X-OD in two readings, both our reconstruction: by boxes and dense. SimDistill's MMD-P as meant; its released
+code takes the sigmoid of heatmaps twice and averages boxes over empty slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from models.distill.term import Outcome, Term
 from models.distill.terms import TermConfig
 from models.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
 
+POSITIVE = 0.1
+"""A teacher's score above which a cell counts in the normaliser of a heatmap that is compared everywhere."""
+
 
 class OutputTerm(Term):
     """What the two readings share.
@@ -28,26 +32,39 @@ class OutputTerm(Term):
     teacher's score unless the mask says ``weighted: false``. What does not pass the mask's threshold is background.
     """
 
+
     def __init__(self, config: TermConfig, targets: TargetEncoder) -> None:
         super().__init__(config)
         if config.student != "head":
             raise ValueError(f"a teacher's output compares with the student's head, not with its tap "
                              f"'{config.student}'")
-        if config.mask.kind not in ("none", "teacher_conf"):
-            raise ValueError(f"mask '{config.mask.kind}' does not apply to outputs: use none or teacher_conf")
         if config.adapter.kind != "id":
             raise ValueError(f"adapter '{config.adapter.kind}' does not apply to outputs: use id")
         known = (*ELEMENTWISE, "gfl", "qfl")
         if config.distance not in known:
             raise ValueError(f"distance '{config.distance}' does not apply to outputs: use one of {', '.join(known)}")
+        masks = self.masks(config.distance)
+        if config.mask.kind not in masks:
+            raise ValueError(f"mask '{config.mask.kind}' does not apply to outputs with distance {config.distance}: "
+                             f"use {' or '.join(masks)}")
         self.targets = targets
+        self.code_weights = config.code_weights or (1.0,) * CODE_SIZE
         self.threshold = config.mask.threshold if config.mask.kind == "teacher_conf" else 0.0
+
+    def masks(self, distance: str) -> tuple[str, ...]:
+        """Masks that a distance can have."""
+        return ("none", "teacher_conf")
 
     def classification(self, logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
         """Focal loss [B, C, H, W] of heatmap logits against scores; ``peak`` marks the positives of ``gfl``."""
         if self.config.distance == "qfl":
             return quality_focal(logits, target)
         return soft_gaussian_focal(logits, target, peak)
+
+    def code_distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance of codes [..., 10], code by code; the weights scale the difference, as SimDistill has it."""
+        weights = student.new_tensor(self.code_weights)
+        return ELEMENTWISE[self.config.distance](student * weights, teacher * weights, self.config.beta)
 
     def weights(self, score: Tensor) -> Tensor:
         """Of regression, from the scores that pass the threshold; 0 stays 0."""
@@ -63,11 +80,8 @@ class BoxTerm(OutputTerm):
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
         """See :class:`Term`; the teacher's boxes are a list of [K, 11]: box, score, label."""
         samples = [boxes.detach()[boxes[:, 9] > self.threshold] for boxes in teacher[self.config.teacher]]
-        boxes, labels, sample = flatten_boxes([s[:, :10] for s in samples], [s[:, 10] for s in samples])
-        encoded = self.targets.encode(boxes, labels)
-        inside = encoded.inside
-        boxes, labels, sample = boxes[inside], labels[inside], sample[inside]
-        encoded = EncodedBoxes(*(values[inside] for values in encoded))
+        found = [s[:, :10] for s in samples], [s[:, 10] for s in samples]
+        boxes, labels, sample, encoded = on_grid(self.targets, *found)
         cell = encoded.column_row[:, 1] * self.targets.grid.size + encoded.column_row[:, 0]
         score = boxes[:, 9]
         if self.config.distance in ELEMENTWISE:
@@ -83,34 +97,40 @@ class BoxTerm(OutputTerm):
         """Distance of the codes at the boxes' cells, averaged by weight."""
         task = torch.tensor(self.targets.task_of_class, device=labels.device)[labels]
         predicted = _codes(student.head).flatten(3)[sample, task, :, cell]
-        distance = ELEMENTWISE[self.config.distance](predicted, code.nan_to_num(0.0)) * ~code.isnan()
+        distance = self.code_distance(predicted, code.nan_to_num(0.0)) * ~code.isnan()
         weight = self.weights(score)
         return (distance.sum(1) * weight).sum() / weight.sum().clamp(min=1)
 
 
 class HeadTerm(OutputTerm):
-    """From a teacher's head maps, cell by cell; they must lie on the student's grid.
+    """From a teacher's head maps, cell by cell; they must lie on the student's grid and be of its augmented frame.
 
-    Only a teacher that sees the student's augmented scene has them (serve: online): their values depend on the frame.
-    A task's regression counts by its best class that passes the threshold.
+    The mask says which reading: with ``teacher_conf`` X³KD's, in which a task's regression counts by its best class
+    that passes the threshold; with ``none`` (heatmaps) and ``gt_centers`` (regression at the true boxes' centres)
+    SimDistill's MMD-P, in which each task has its own normaliser and the tasks' losses are summed.
     """
 
     def __init__(self, config: TermConfig, targets: TargetEncoder, teacher_channels: int) -> None:
         super().__init__(config, targets)
-        if config.mask.kind != "teacher_conf":
-            raise ValueError(f"mask '{config.mask.kind}' does not apply to head maps: use teacher_conf, whose "
-                             "threshold tells objects from background")
         expected = targets.classes + CODE_SIZE * len(targets.task_sizes)
         if teacher_channels != expected:
             raise ValueError(f"'{config.teacher}' has {teacher_channels} channels, the student's head {expected}: "
                              "teacher and student need the same tasks")
 
+    def masks(self, distance: str) -> tuple[str, ...]:
+        """Masks that a distance can have."""
+        return ("teacher_conf", *{"gfl": (), "qfl": ("none",)}.get(distance, ("gt_centers",)))
+
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
         """See :class:`Term`; the teacher's map is [B, sum of the head's channels, H, W] as ``head_map`` makes it."""
         maps = teacher[self.config.teacher].detach().float()
         head = self._as_head(maps, student.head)
-        score = _heatmaps(head).sigmoid()
         valid = valid_cells(teacher, self.config.teacher, maps)
+        if self.config.mask.kind == "gt_centers":
+            return Outcome(self._at_centres(student, head, valid, batch))
+        score = _heatmaps(head).sigmoid()
+        if self.config.mask.kind == "none":
+            return Outcome(self._everywhere(student, score, valid))
         score = score * ((score > self.threshold) & valid)
         if self.config.distance in ELEMENTWISE:
             return Outcome(self._regression(student, head, score))
@@ -133,8 +153,37 @@ class HeadTerm(OutputTerm):
     def _regression(self, student: Prediction, head: list[dict[str, Tensor]], score: Tensor) -> Tensor:
         """Distance of the codes of all cells, averaged by weight."""
         weight = self.weights(torch.stack([part.amax(1) for part in score.split(self.targets.task_sizes, dim=1)], 1))
-        distance = ELEMENTWISE[self.config.distance](_codes(student.head), _codes(head)).sum(2)
+        distance = self.code_distance(_codes(student.head).movedim(2, -1), _codes(head).movedim(2, -1)).sum(-1)
         return (distance * weight).sum() / weight.sum().clamp(min=1)
+
+    def _everywhere(self, student: Prediction, score: Tensor, valid: Tensor) -> Tensor:
+        """Quality focal loss over all cells, of each task by how many of them the teacher takes for an object's."""
+        loss = self._by_task((quality_focal(_heatmaps(student.head), score) * valid).sum((0, 2, 3)))
+        positive = self._by_task(((score > POSITIVE) & valid).sum((0, 2, 3)).float())
+        return (loss / positive.clamp(min=1)).sum()
+
+    def _by_task(self, values: Tensor) -> Tensor:
+        """Sums [T] of values [C] by class."""
+        return torch.stack([part.sum() for part in values.split(self.targets.task_sizes)])
+
+    def _at_centres(self, student: Prediction, head: list[dict[str, Tensor]], valid: Tensor, batch: Batch) -> Tensor:
+        """Distance of the codes that student and teacher have at true centres: of each task its mean over boxes."""
+        _, labels, sample, encoded = on_grid(self.targets, batch.boxes, batch.labels)
+        column, row = encoded.column_row.unbind(1)
+        task = torch.tensor(self.targets.task_of_class, device=labels.device)[labels]
+        counts = F.one_hot(task, len(head)) * valid[sample, 0, row, column].unsqueeze(1)  # [M, T]
+        ours, theirs = (_codes(maps)[sample, task, :, row, column] for maps in (student.head, head))
+        distance = (self.code_distance(ours, theirs).sum(1, keepdim=True) * counts).sum(0)
+        return (distance / counts.sum(0).clamp(min=1)).sum()
+
+
+def on_grid(targets: TargetEncoder, boxes: Sequence[Tensor],
+            labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, EncodedBoxes]:
+    """Of boxes and labels by sample those whose centres lie on the grid: boxes, labels, sample numbers, encoded."""
+    flat, label, sample = flatten_boxes(boxes, labels)
+    encoded = targets.encode(flat, label)
+    inside = encoded.inside
+    return flat[inside], label[inside], sample[inside], EncodedBoxes(*(values[inside] for values in encoded))
 
 
 def _heatmaps(head: list[dict[str, Tensor]]) -> Tensor:

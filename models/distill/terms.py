@@ -48,10 +48,26 @@ class TermConfig(Strict):
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training after which the term counts."""
+    normalise: bool = True
+    """Dense maps: whether both are divided by the teacher's standard deviation per channel."""
+    beta: float = Field(default=1.0, gt=0)
+    """``sl1``: difference below which the distance is quadratic."""
+    code_weights: tuple[float, ...] | None = Field(default=None, min_length=10, max_length=10)
+    """Regression into the head: factors of the ten codes' differences, inside the distance; default all 1."""
 
     @model_validator(mode="after")
     def _teacher_tap(self) -> TermConfig:
         name, dot, tap = self.teacher.partition(".")
         if not (name and dot and tap):
             raise ValueError(f"teacher '{self.teacher}' must be <teacher>.<tap>, such as lidar.boxes")
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> TermConfig:
+        regression = self.distance in ("l1", "l2", "sl1")
+        heeded = {"normalise": regression and self.student != "head", "beta": self.distance == "sl1",
+                  "code_weights": regression and self.student == "head"}
+        for option in sorted(self.model_fields_set & heeded.keys()):
+            if not heeded[option]:
+                raise ValueError(f"{option} has no effect on {self.distance} of '{self.student}': leave it out")
         return self

@@ -11,11 +11,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.report import charts
+from pipeline.report.cost import read_costs
+from pipeline.report.features import Features
+from pipeline.report.features import features as features_of
+from pipeline.report.fusions import fusions as fusions_of
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
 from pipeline.report.results import UNITS, Arm, ReportError, Study, load_study
+from pipeline.report.search import rounded, summary
 from pipeline.report.search import search as read_search
-from pipeline.report.search import summary
 from pipeline.report.segmenters import METRICS
 from pipeline.report.segmenters import segmenters as segmenters_of
 from pipeline.report.stores import augmentations, stored_taps
@@ -39,13 +43,18 @@ def build(
     metrics: Path,
     predictions: Path,
     cards: Path,
+    features: Path,
+    cost: Path,
     *,
     profile: str,
     teachers: Sequence[str],
+    fusions: Sequence[str],
+    parts: Mapping[str, str],
     starts: Collection[str],
     segmenters: Sequence[str],
     stores: Sequence[str],
     variants: Mapping[str, Mapping[str, Any]],
+    featured: Sequence[str],
     seeds: Sequence[int],
     learned_from: Mapping[str, str],
     seen: Collection[str],
@@ -60,12 +69,17 @@ def build(
         metrics: folder of `<teacher>.json`, `<segmenter>.json` and `<variant>-<seed>.json`.
         predictions: folder with one folder per run: metrics_details.json, pictures.json and the pictures.
         cards: folder of `<store>.json`, what extraction says of each store.
+        features: folder with one folder per run of a featured variant: features.json and the pictures that it names.
+        cost: file of what the models cost.
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
-        starts: those of them that students start from.
+        fusions: names of the fusion teachers of the study.
+        parts: sensor -> the one of the teachers that fusion teachers take it from.
+        starts: those of the teachers that others start from and nobody learns from.
         segmenters: names of the instance segmentation teachers of the study.
         stores: names of the stores of the study.
         variants: the study's variants in order, name -> its entry of params.yaml; the first is the baseline.
+        featured: those of them whose simulated LiDAR features are shown.
         seeds: seeds of the study.
         learned_from: teachers and "students" -> the split that they learned from.
         seen: those of them that learned from scenes on which the study is scored.
@@ -78,9 +92,11 @@ def build(
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, teachers, rows, seeds, starts)
+    study = load_study(metrics, teachers, rows, seeds, starts, fusions)
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
+    fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)
+    simulated = features_of(features, featured, seeds, scenes)
     taps = stored_taps(cards, stores)
     html = _template().render(
         study=study,
@@ -90,6 +106,9 @@ def build(
         units=UNITS,
         profile=profile,
         profile_note=profile_note(profile, len(seeds)),
+        costs=costs,
+        fusions=fused,
+        features=simulated,
         segmenters=segmenters_of(metrics, predictions, segmenters, scenes),
         segmenter_metrics=METRICS,
         recipes=recipes(variants),
@@ -107,8 +126,23 @@ def build(
         number=number,
         difference=difference,
     )
-    numbers = json.dumps(summary(study, profile, learned_from, variants), indent=2, allow_nan=False)
-    return Report(html, markdown(table, lines), plain(comparison(study, brief=True), lines), f"{numbers}\n")
+    numbers = summary(study, profile, learned_from, variants) | {
+        "fusions": {fusion.name: {"parts": dict(parts), "ahead": fusion.ahead} for fusion in fused},
+        "features": {entry.variant: _correlations(entry) for entry in simulated},
+        "cost": costs.numbers,
+    }
+    verdicts = [fusion.verdict for fusion in fused]
+    return Report(
+        html,
+        f"{markdown(table, [*lines, *verdicts])}\n{markdown(costs.table, [costs.note])}",
+        plain(comparison(study, brief=True), [*lines, *verdicts]),
+        json.dumps(numbers, indent=2, allow_nan=False) + "\n",
+    )
+
+
+def _correlations(entry: Features) -> dict[str, Any]:
+    """Of a variant's simulated features with its teacher's, means over the seeds."""
+    return {"teacher": entry.teacher, "before": rounded(entry.before), "after": rounded(entry.after)}
 
 
 def _best(study: Study) -> Arm | None:

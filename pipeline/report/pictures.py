@@ -96,7 +96,7 @@ def picture_uri(path: Path, width: int) -> tuple[str, int, int]:
     try:
         picture = Image.open(path).convert("RGB")
     except FileNotFoundError:
-        raise ReportError(f"{path} is missing, though pictures.json beside it names it: evaluate again") from None
+        raise ReportError(f"{path} is missing, though the JSON beside it names it: draw it again") from None
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
     return data_uri(picture), picture.width, picture.height

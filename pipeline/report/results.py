@@ -27,6 +27,7 @@ class Arm:
 
     name: str
     kind: str  # "teacher", "start" (trained as teachers are) or "student"
+    stage: str  # that evaluates it
     runs: dict[int, dict[str, Any]]  # seed -> the published metrics
     keys: dict[int, str]  # seed -> name of the run's folder in outputs/predictions
     row: str = ""  # of a paper's table that the variant reproduces
@@ -62,17 +63,12 @@ class Arm:
         """What stands beside the name of an arm that is not a student; nothing beside a start that is called so."""
         return "" if self.kind in ("student", self.name) else self.kind
 
-    @property
-    def stage(self) -> str:
-        """The stage that evaluates it."""
-        return "evaluate" if self.kind == "student" else "evaluate_teacher"
-
 
 @dataclass(frozen=True)
 class Study:
     """Teachers and variants that belong in one table. The first variant is the baseline."""
 
-    teachers: list[Arm]  # and starts
+    teachers: list[Arm]  # and starts, fusion teachers last
     variants: list[Arm]
     seeds: list[int]
 
@@ -129,17 +125,20 @@ def load_study(
     variants: Mapping[str, str],
     seeds: Sequence[int],
     starts: Collection[str] = (),
+    fusions: Sequence[str] = (),
 ) -> Study:
     """Read `<teacher>.json` and `<variant>-<seed>.json` of a study from a folder.
 
-    `variants` are given with the row of a paper's table, or ""; `starts` are those of the teachers that students start
-    from. Files of other studies in the folder are left alone. Raises ReportError naming the file and the command
-    that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree about the samples.
+    `variants` are given with the row of a paper's table, or ""; `starts` are those of the teachers that others start
+    from; `fusions` are teachers too. Files of other studies in the folder are left alone. Raises ReportError naming the
+    file and the command that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree
+    about the samples.
     """
     if not variants or not seeds:
         raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
     study = Study(
-        [_teacher(folder, name, "start" if name in starts else "teacher") for name in teachers],
+        [_teacher(folder, name, "start" if name in starts else "teacher", "evaluate_teacher") for name in teachers]
+        + [_teacher(folder, name, "teacher", "evaluate_fusion") for name in fusions],
         [_variant(folder, name, row, seeds) for name, row in variants.items()],
         list(seeds),
     )
@@ -147,13 +146,14 @@ def load_study(
     return study
 
 
-def _teacher(folder: Path, name: str, kind: str) -> Arm:
-    return Arm(name, kind, {0: _read(folder, name, "evaluate_teacher")}, {0: name})
+def _teacher(folder: Path, name: str, kind: str, stage: str) -> Arm:
+    return Arm(name, kind, stage, {0: _read(folder, name, stage)}, {0: name})
 
 
 def _variant(folder: Path, name: str, row: str, seeds: Sequence[int]) -> Arm:
     keys = {seed: f"{name}-{seed}" for seed in seeds}
-    return Arm(name, "student", {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}, keys, row)
+    runs = {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}
+    return Arm(name, "student", "evaluate", runs, keys, row)
 
 
 def _check_comparable(folder: Path, study: Study) -> None:

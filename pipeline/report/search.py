@@ -35,13 +35,13 @@ def summary(
         "keyframes": run["samples"],
         "boxes": run["boxes"]["truth"],
         "seeds": study.seeds,
-        "teachers": {arm.name: {metric: _rounded(arm.mean(metric)) for metric in METRICS} for arm in study.teachers},
+        "teachers": {arm.name: {metric: rounded(arm.mean(metric)) for metric in METRICS} for arm in study.teachers},
         "variants": {
             arm.name: {
                 "row": arm.row,
                 "student": variants[arm.name]["student"],
                 "terms": _weights(variants[arm.name]),
-                **{metric: _rounded(arm.mean(metric)) for metric in METRICS},
+                **{metric: rounded(arm.mean(metric)) for metric in METRICS},
                 "runs": {str(seed): {metric: run[metric] for metric in METRICS} for seed, run in arm.runs.items()},
             }
             for arm in study.variants
@@ -49,7 +49,8 @@ def summary(
     }
 
 
-def _rounded(interval: Interval | None) -> float | None:
+def rounded(interval: Interval | None) -> float | None:
+    """The mean as a plain number."""
     return None if interval is None else round(interval.mean, DIGITS)
 
 

@@ -19,10 +19,12 @@ from data.pictures import (
     NEAR,
     Boxes,
     View,
+    compose_row,
     draw_bev,
     draw_camera_instances,
     draw_cameras,
     draw_instances,
+    draw_strength,
     load_view,
     project_boxes,
 )
@@ -135,3 +137,31 @@ def test_instances_in_cameras_keep_to_their_camera(view: View) -> None:
     assert rows.min() + 40 > picture.shape[0] / 2  # the second row of cameras, its middle one
     assert picture.shape[1] / 3 - 4 < columns.min() < columns.max() < 2 * picture.shape[1] / 3 + 4
     assert len(rows) > 0.9 * (picture.shape[0] / 2 - 40) * picture.shape[1] / 3
+
+
+def test_a_map_is_bright_where_it_is_strong() -> None:
+    strength = np.zeros((20, 20), np.float32)
+    strength[16:19, 2:5] = 7.0  # y about +7.5, x about -6.5 on +-10 m
+    strength[4, 15] = 3.5
+    nothing = Boxes(np.empty((0, 9)), np.empty(0, np.int64))
+    picture = draw_strength(strength, 10.0, nothing, "", 200).astype(int)
+    strip = picture.shape[0] - 200
+
+    def at(x: float, y: float) -> list[int]:
+        return picture[strip + round((10 - y) * 10), round((x + 10) * 10)].tolist()
+
+    assert at(-6.5, 7.5) == [255, 255, 255]
+    assert sum(at(-6.5, -7.5)) == sum(at(6.5, 7.5)) < sum(at(5.5, -5.5)) < 3 * 255
+    boxed = draw_strength(strength, 10.0, Boxes(np.array([[5, 5, 0, 4, 2, 1, 0, 0, 0.0]]), np.array([0])), "", 200)
+    rows, columns = np.nonzero((boxed.astype(int) != picture).any(2))
+    assert abs((columns.min() + columns.max()) / 20 - 10 - 5) < 0.2
+    assert abs(10 - (rows.min() + rows.max() - 2 * strip) / 20 - 5) < 0.2
+    assert (draw_strength(np.zeros((4, 4), np.float32), 10.0, nothing, "", 200) < 80).mean() > 0.95
+
+
+def test_panels_of_a_row_stand_side_by_side() -> None:
+    panels = [np.full((50, width, 3), width, np.uint8) for width in (40, 60, 80)]
+    picture = compose_row(panels, "below")
+    assert picture.shape[0] > 50
+    assert [int(picture[0, x, 0]) for x in (0, 44, 108, 187)] == [40, 60, 80, 80]
+    assert picture.shape[1] == 40 + 60 + 80 + 2 * 4

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import mmdet.registry
 import mmdet3d
 import numpy as np
@@ -34,11 +35,12 @@ from pipeline.trainer import minimised
 from stages.distill import Distillation, make_recipe
 from stages.inputs import INDEX, training_dataset
 from stages.sources import OnlineTeacher
+from stages.teacher import Supervised
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("paper")
 VERSION, SPLIT = "v1.0-mini", "mini_train"
-CONFIGS = Path(mmdet3d.__file__).parent / ".mim/configs"
+CONFIGS, IMAGE_CONFIGS = (Path(package.__file__).parent / ".mim/configs" for package in (mmdet3d, mmdet))
 ROWS = {"A0": 0, "A1": 2, "A2": 1, "A3": 1, "A4": 4, "A5": 1, "A6": 5}
 """Terms of the rows of the paper's ablation."""
 DEPTH = {"nuscenes-x3kd-r50": 50, "nuscenes-x3kd-r101": 101}
@@ -47,23 +49,32 @@ DEPTH = {"nuscenes-x3kd-r50": 50, "nuscenes-x3kd-r101": 101}
 @pytest.fixture(params=DEPTH)
 def params(request: pytest.FixtureRequest, tmp_path: Path) -> Params:
     """A profile laid over the project's params.yaml."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    return apply_profile(request.param, tmp_path)
+    return laid_over(request.param, tmp_path)
+
+
+@pytest.fixture
+def simdistill(tmp_path: Path) -> Params:
+    """SimDistill's profile laid over the project's params.yaml."""
+    return laid_over("nuscenes-simdistill", tmp_path)
+
+
+def laid_over(profile: str, folder: Path) -> Params:
+    """A profile laid over a copy of the project's params.yaml."""
+    shutil.copy(ROOT / "params.yaml", folder)
+    shutil.copytree(ROOT / "profiles", folder / "profiles")
+    return apply_profile(profile, folder)
 
 
 def test_every_part_builds_with_the_sizes_of_the_paper(params: Params) -> None:
     """Shapes of methods.md A.1, the rows of the ablation, and what a segmenter and a LiDAR teacher are."""
     student = build_detector(params.student("x3kd").model)
-    assert student.image_backbone.depth == DEPTH[params.profile]
+    assert student.images.backbone.depth == DEPTH[params.profile]
     assert student.tap_channels == {"pv": 512, "depth": 112, "bev_lift": 80, "bev_prev": 80, "bev_fused": 160,
                                     "bev_neck": 256}
     assert (student.grid.size, student.stride, params.input.depth_stride) == (128, 16, 16)
     lidar = build_detector(params.teachers["lidar"].model)
     assert lidar.tap_channels == {"bev_lift": 256, "bev_neck": 512}
-    zoo = Config.fromfile(CONFIGS / "_base_/models/centerpoint_voxel01_second_secfpn_nus.py").model
-    for part, theirs in {"middle": "pts_middle_encoder", "backbone": "pts_backbone", "neck": "pts_neck"}.items():
-        assert shapes(getattr(lidar, part)) == shapes(MODELS.build(zoo[theirs])), part
+    assert_mmdet3ds_centerpoint(lidar)
     branches = [[one.heads for one in model.head.task_heads] for model in (lidar, student)]
     assert branches[0] == branches[1], "the head's maps of teacher and student have the same layout"
     segmenter = params.segmenters["instance"]
@@ -79,6 +90,41 @@ def test_every_part_builds_with_the_sizes_of_the_paper(params: Params) -> None:
         assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
     train = params.student("x3kd").train
     assert (train.schedule, train.balanced, train.batch_size) == ("multi_step", True, 64)
+
+
+def test_simdistill_builds_with_the_sizes_of_the_paper(simdistill: Params) -> None:
+    """Shapes of methods.md B.1 for teachers and student, and all rows of B.4."""
+    lidar, camera, fusion = (build_detector(simdistill.teachers[name].model) for name in ("lidar", "start", "fusion"))
+    assert lidar.tap_channels == {"bev_lift": 256, "bev_neck": 512}
+    assert_mmdet3ds_centerpoint(lidar)
+    assert camera.tap_channels == {"pv": 256, "depth": 118, "bev_lift": 80, "bev_fused": 80, "bev_neck": 256}
+    assert fusion.tap_channels == {"pv": 256, "depth": 118, "bev_lift_camera": 80, "bev_lift_lidar": 256,
+                                   "bev_fused": 256, "bev_neck": 256}
+    zoo = Config.fromfile(IMAGE_CONFIGS / "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py").model.backbone
+    swin = shapes(mmdet.registry.MODELS.build(zoo | {"init_cfg": None}))
+    assert shapes(fusion.images.backbone) == {name: size for name, size in swin.items() if "norm0." not in name}
+    assert shapes(fusion.lidar.middle) == shapes(lidar.middle)
+
+    widths = {**fusion.tap_channels, "head": 70}
+    statistics = {f"fusion.{tap}": torch.ones(width) for tap, width in widths.items()}
+    rows = {name: variant for name, variant in simdistill.variants.items() if (variant.row or "").startswith("B")}
+    assert len(rows) == 15, "B0 to B13, of which B12 is two"
+    for name, variant in rows.items():
+        student = build_detector(simdistill.student(name).model)
+        assert (student.grid.size, student.stride) == (180, 8)
+        fused = 80 if variant.student == "bevfusion-c" else 256
+        assert (student.tap_channels["bev_fused"], student.tap_channels["bev_neck"]) == (fused, 256), name
+        terms = {term: TermConfig(**config) for term, config in variant.terms.items()}
+        assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
+    train = simdistill.student("simdistill").train
+    assert (train.schedule, train.balanced, train.batch_size, train.lr) == ("one_cycle", True, 48, 1e-3)
+
+
+def assert_mmdet3ds_centerpoint(lidar: nn.Module) -> None:
+    """The parts before the head have the weights of mmdet3d's configurations with voxels, whatever their size."""
+    zoo = Config.fromfile(CONFIGS / "_base_/models/centerpoint_voxel01_second_secfpn_nus.py").model
+    for part, theirs in {"middle": "pts_middle_encoder", "backbone": "pts_backbone", "neck": "pts_neck"}.items():
+        assert shapes(getattr(lidar, part)) == shapes(MODELS.build(zoo[theirs])), part
 
 
 def shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -102,18 +148,49 @@ def test_a_training_step_on_a_real_keyframe(params: Params, real_dataroot: Path,
     assert batch.images.shape == (1, 2, 6, 3, *params.input.image.size)
     outputs = teacher_outputs(params, batch)
     task = Distillation(student, make_recipe(student, configs, {"lidar.bev_lift": torch.ones(256)}), lambda _: outputs)
-    task.module.train()
     assert settings.train.precision == "bf16-mixed"
+    assert finite_step(task, batch) == {"heatmap", "box", "depth", *(f"distill/{name}" for name in terms)}
+
+
+@pytest.mark.timeout(900)
+def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroot: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fusion teacher alone, then the student with all five terms against that teacher's maps."""
+    monkeypatch.setattr("spconv.pytorch.ops.get_current_stream", lambda: 0)  # its backward pass asks for CUDA's
+    params = on_real_keyframes(simdistill, real_dataroot, tmp_path)
+    build_index(real_dataroot, VERSION, [SPLIT], tmp_path / INDEX, sweeps=params.input.sweeps)
+    seed_everything(MODEL, 0)
+    teacher = build_detector(params.teachers["fusion"].model)
+    batch = collate([training_dataset(tmp_path, params, teacher, 0, SPLIT)[(0, 0, 0)]])
+    assert finite_step(Supervised(teacher), batch) == {"heatmap", "box", "depth"}
+
+    terms = {name: TermConfig(**config) for name, config in params.variants["simdistill"].terms.items()}
+    taps = [term.teacher.removeprefix("fusion.") for term in terms.values()]
+    outputs = {f"fusion.{tap}": value
+               for tap, value in OnlineTeacher(teacher, taps, 0.0, torch.device("cpu"))(batch).items()}
+    assert {tap: list(value.shape) for tap, value in outputs.items()} == {
+        "fusion.bev_lift_camera": [1, 80, 180, 180], "fusion.bev_lift_lidar": [1, 256, 180, 180],
+        "fusion.bev_fused": [1, 256, 180, 180], "fusion.head": [1, 70, 180, 180]}
+    assert 0.01 < (outputs["fusion.bev_lift_lidar"] != 0).any(1).float().mean() < 0.9, "the sparse map of the points"
+    student = build_detector(params.student("simdistill").model)
+    statistics = {tap: torch.ones(value.shape[1]) for tap, value in outputs.items()}
+    task = Distillation(student, make_recipe(student, terms, statistics), lambda _: outputs)
+    assert finite_step(task, batch) == {"heatmap", "box", "depth", *(f"distill/{name}" for name in terms)}
+
+
+def finite_step(task: Supervised | Distillation, batch: Batch) -> set[str]:
+    """Names of the losses of a forward and a backward pass in bfloat16, of which all that comes out is finite."""
+    task.module.train()
     with torch.autocast("cpu", torch.bfloat16):
         losses = task.loss(batch, 0.5)
     parts = {name: losses[name] for name in minimised(losses)}
-    assert parts.keys() == {"heatmap", "box", "depth", *(f"distill/{name}" for name in terms)}
     assert not {name: float(value) for name, value in parts.items() if not (value.isfinite() and value > 0)}
     torch.stack(list(parts.values())).sum().backward()
     for name, parameter in task.module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+    return set(parts)
 
 
 def on_real_keyframes(params: Params, dataroot: Path, folder: Path) -> Params:

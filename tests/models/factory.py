@@ -115,3 +115,20 @@ def camera_config(**changes: Any) -> dict[str, Any]:
             "depth_net": {"mid_channels": 16, "context_channels": 12, "blocks": 1}, "depth_bins": [1.0, 21.0, 1.0],
             "bev_backbone": second(12, [1, 2]), "bev_neck": second_fpn([16, 16], [1, 2]),
             "head": head_config()} | changes
+
+
+def fusion_config(**changes: Any) -> dict[str, Any]:
+    """A small fusion teacher: the camera detector's lift beside pillars with one stage of a backbone."""
+    lidar = {key: lidar_config()[key] for key in ("voxel", "encoder")}
+    stage = {"type": "SECOND", "in_channels": 12, "out_channels": [16], "layer_nums": [1], "layer_strides": [2]}
+    return camera_config(type="BEVFusion", lidar={**lidar, "stage": stage, "channels": 16}, fused_channels=16) | changes
+
+
+COMPENSATION = {"image_compensation": {"heads": 4, "points": 3, "position": [4, 8]},
+                "bev_compensation": {"heads": 4, "points": 5}}
+"""Of a simulated fusion student, in both planes."""
+
+
+def simulated_config(**changes: Any) -> dict[str, Any]:
+    """A small student with a simulated LiDAR branch, without compensation."""
+    return camera_config(type="SimulatedFusion", fused_channels=16) | changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
@@ -48,6 +49,26 @@ def test_bev_resnet_is_mmdets_without_the_pool_and_with_the_map() -> None:
     assert [list(one.shape[1:]) for one in maps[1:]] == [[8, 16, 16], [16, 8, 8], [32, 4, 4]]
     for ours, theirs in zip(maps[1:], plain(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_staged_resnet_is_mmdets_without_the_stem() -> None:
+    ours = build("StagedResNet", in_channels=8, channels=[8, 16, 32], strides=[2, 2, 1], blocks=[2, 2, 2])
+    theirs = build("mmdet.ResNet", depth=18, base_channels=8, num_stages=3, strides=(2, 2, 1), dilations=(1, 1, 1),
+                   out_indices=(0, 1, 2), norm_eval=False)
+    layers = [getattr(theirs, name) for name in theirs.res_layers]
+    for stage, layer in zip(ours.stages, layers, strict=True):
+        stage.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 20, 20)
+    maps, expected = ours(x), x
+    assert [list(one.shape[1:]) for one in maps] == [[8, 10, 10], [16, 5, 5], [32, 5, 5]]
+    for one, layer in zip(maps, layers, strict=True):
+        expected = layer(expected)
+        torch.testing.assert_close(one, expected, rtol=0, atol=0)
+
+
+def test_staged_resnet_names_lists_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match=r"strides \[2\], blocks \[2, 2\]: give one of each"):
+        build("StagedResNet", in_channels=8, channels=[8, 16], strides=[2], blocks=[2, 2])
 
 
 def test_recomputing_changes_memory_and_nothing_else() -> None:

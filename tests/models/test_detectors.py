@@ -11,14 +11,17 @@ import torch
 from models.depth_net import DepthBins, depth_loss
 from models.detector import Detector, build_detector
 from tests.models.factory import (
+    COMPENSATION,
     RADAR_MAP,
     camera_config,
+    fusion_config,
     head_config,
     lidar_config,
     radar_config,
     random_batch,
     second,
     second_fpn,
+    simulated_config,
 )
 
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
@@ -28,6 +31,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "radar": (radar_config(), 1),
     "camera and radar": (camera_config(radar=RADAR_MAP), 1),
     "camera and radar, two frames": (camera_config(radar=RADAR_MAP, frames=2), 2),
+    "camera, finer cells": (camera_config(downsample=2), 1),
+    "fusion": (fusion_config(), 1),
+    "simulated fusion": (simulated_config(), 1),
+    "simulated fusion, compensated": (simulated_config(**COMPENSATION), 1),
 }
 
 
@@ -150,7 +157,7 @@ def test_the_lift_puts_a_pixel_where_its_ray_goes() -> None:
     """
     detector = build_detector(camera_config())
     batch = random_batch(batch_size=1)
-    cells = detector._cells(batch, 0, torch.Size((4, 8))).view(3, 4, 8, 20)[0, 2]  # type: ignore[operator]
+    cells = detector.lift._cells(batch, 0, torch.Size((4, 8))).view(3, 4, 8, 20)[0, 2]  # type: ignore[operator, union-attr]
     depth = torch.arange(20) + 1.5  # centres of the bins; camera 0 looks along +y from (0, 0.5)
     u = torch.arange(8)[:, None] * 8 + 3.5
     column = ((u - 32) / 40 * depth + 12.8).div(0.8, rounding_mode="floor").long()

@@ -135,7 +135,7 @@ def test_every_term_teaches_the_student_and_its_own_modules_only(student: Detect
     assert {key for key in losses if not key.startswith("watch/")} == {"x"}
     losses["x"].backward()
     assert losses["x"] > 0
-    assert student.image_backbone.conv1.weight.grad.abs().sum() > 0
+    assert student.images.backbone.conv1.weight.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in terms.parameters())
     assert all(leaf.grad is None for leaf in leaves)
     assert (student.head.shared_conv.conv.weight.grad is not None) == (TERMS[name]["student"] == "head")
@@ -440,14 +440,17 @@ def test_instances_need_a_student_with_images(student: Detector) -> None:
 
 @pytest.mark.parametrize(("term", "message"), [
     (CLS | {"student": "bev_neck"}, "term 'x': a teacher's output compares with .* head, not with its tap 'bev_neck'"),
-    (CLS | {"mask": {"kind": "balanced"}}, "does not apply to outputs"),
+    (CLS | {"mask": {"kind": "balanced"}}, "'balanced' does not apply to outputs .* qfl: use none or teacher_conf"),
+    (REG | {"mask": {"kind": "gt_centers"}}, "'gt_centers' does not apply to outputs .* sl1: use none or teacher_conf"),
     (CLS | {"adapter": {"kind": "decoder"}}, "does not apply to outputs"),
     (XFD | {"mask": {"kind": "teacher_conf"}}, "mask 'teacher_conf' does not apply to dense maps"),
     (XFD | {"distance": "qfl"}, "distance 'qfl' does not apply to dense maps"),
     (CLS | {"distance": "bce_adv"}, "distance 'bce_adv' does not apply to outputs"),
     (XAT | {"student": "head"}, "the student has no dense tap 'head'"),
     (XAT | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv"),
-    (CLS | DENSE | {"mask": {"kind": "none"}}, "mask 'none' does not apply to head maps: use teacher_conf"),
+    (CLS | DENSE | {"mask": {"kind": "gt_centers"}}, "does not apply to outputs .* qfl: use teacher_conf or none"),
+    (REG | DENSE | {"mask": {"kind": "none"}}, "does not apply to outputs .* sl1: use teacher_conf or gt_centers"),
+    (CLS | DENSE | {"mask": {"kind": "none"}, "distance": "gfl"}, "does not apply to outputs .* gfl: use teacher_conf"),
     (CLS | {"teacher": "other.head"}, r"the store has no dense tap 'other\.head'"),
     (XIS | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
     (XFD | {"adapter": {"kind": "id"}}, "keeps the student's 32 channels, the teacher's tap has 12"),
@@ -462,6 +465,10 @@ def test_terms_that_make_no_sense_are_named(student: Detector, term: dict[str, A
 @pytest.mark.parametrize(("change", "message"), [
     ({"teacher": "lidar"}, "must be <teacher>.<tap>"), ({"distance": "cosine"}, "distance"),
     ({"weight": -1}, "weight"), ({"wieght": 1}, "wieght"), ({"start": 2}, "start"),
+    ({"normalise": False}, "normalise has no effect on qfl of 'head': leave it out"),
+    ({"beta": 0.5}, "beta has no effect on qfl"), ({"code_weights": [1.0] * 10}, "code_weights has no effect on qfl"),
+    (REG | {"beta": 0.0}, "beta"), (REG | {"code_weights": [1.0] * 9}, "code_weights"),
+    (XFD | {"code_weights": [1.0] * 10}, "code_weights has no effect on l1 of 'bev_neck'"),
 ])
 def test_wrong_term_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):

@@ -1,20 +1,24 @@
-"""The warp of dense maps against exact symmetries and a closed form."""
+"""The warp of dense maps against exact symmetries and a closed form, that of head maps against moved boxes."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from data.augment import bev_matrix
 from data.boxes import transform_boxes
+from models.center_head import REGRESSION, GridCenterHead
 from models.grid import Grid
+from models.head_maps import task_scores, warp_head
 from models.targets import TargetEncoder
 from models.warp import warp_bev
+from tests.models.factory import TASKS
 
 EXTENT = 51.2
 GRID = Grid(25.6, 0.8)
@@ -155,3 +159,144 @@ def test_heatmaps_of_moved_boxes_are_the_moved_heatmaps(
     before = encoder([boxes], [labels]).heatmap
     after = encoder([transform_boxes(boxes.double(), matrix).float()], [labels]).heatmap
     assert torch.equal(warp_bev(before, matrix[None].float(), GRID.range)[0], after)
+
+
+HEAD_GRID = Grid(12.8, 1.6)
+SIZES = tuple(len(names) for names in TASKS)
+STARTS = tuple(10 * task + sum(SIZES[:task]) for task in range(len(SIZES)))
+"""Of each task the first channel of its ten codes; its heatmaps follow them."""
+
+
+def encoder(norm_bbox: bool = True) -> TargetEncoder:
+    return TargetEncoder(HEAD_GRID, SIZES, (1,) * 10, norm_bbox=norm_bbox)
+
+
+def random_head_map(size: int = 16, samples: int = 1, seed: int = 0, norm_bbox: bool = True) -> Tensor:
+    """[B, 70, size, size] with offsets in [0, 1); sines and cosines are of no unit length, as a head's are."""
+    maps = torch.randn(samples, 70, size, size, generator=torch.Generator().manual_seed(seed))
+    for start in STARTS:
+        maps[:, start : start + 2] = maps[:, start : start + 2].sigmoid()
+        if not norm_bbox:
+            maps[:, start + 3 : start + 6] = maps[:, start + 3 : start + 6].exp()
+    return maps
+
+
+def said(maps: Tensor, start: int, extent: float, norm_bbox: bool = True) -> tuple[Tensor, Tensor]:
+    """Boxes [H * W, 9] in float64 that a task's codes [70, H, W] say, and the length of sine and cosine [H * W]."""
+    size = maps.shape[-1]
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    dx, dy, z, *sides, sin, cos, vx, vy = maps[start : start + 10].double()
+    length, width, height = [side.exp() for side in sides] if norm_bbox else sides
+    x, y = ((cells + offset) * HEAD_GRID.cell - extent for cells, offset in ((column, dx), (row, dy)))
+    boxes = [x, y, z - height / 2, length, width, height, torch.atan2(sin, cos), vx, vy]
+    return torch.stack(boxes, -1).flatten(0, 1), torch.hypot(sin, cos).flatten()
+
+
+def as_columns(boxes: Tensor) -> Tensor:
+    """Boxes [M, 9] with sine and cosine for the yaw, which has no jump so: [M, 10]."""
+    return torch.cat([boxes[:, :6], boxes[:, 6:7].sin(), boxes[:, 6:7].cos(), boxes[:, 7:]], 1)
+
+
+def came_from(matrix: Tensor, size: int, extent: float) -> tuple[Tensor, Tensor]:
+    """Of each cell of HEAD_GRID the map's cell whose centre is nearest to its source, and whether that is inside."""
+    source = HEAD_GRID.centers().double().flatten(0, 1) @ torch.linalg.inv(matrix[:2, :2].double()).T
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * HEAD_GRID.cell - extent
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    nearest = torch.cdist(source, torch.stack([column, row], -1).flatten(0, 1)).argmin(1)
+    return nearest, (source.abs() < extent).all(1)
+
+
+def check_moved(maps: Tensor, matrix: Tensor, extent: float, norm_bbox: bool = True) -> None:
+    """Every cell says the moved box of its source cell in all ten codes, and its source cell's scores."""
+    warped, valid = warp_head(maps, matrix[None].float(), extent, encoder(norm_bbox))
+    assert warped.shape == (1, 70, HEAD_GRID.size, HEAD_GRID.size)
+    nearest, inside = came_from(matrix, maps.shape[-1], extent)
+    assert torch.equal(valid.flatten(), inside)
+    assert (warped.flatten(2)[..., ~inside] == 0).all()
+    for start, classes in zip(STARTS, SIZES, strict=True):
+        before, length = said(maps[0], start, extent, norm_bbox)
+        after, same = said(warped[0], start, HEAD_GRID.range, norm_bbox)
+        moved = transform_boxes(before[nearest[inside]], matrix.double())
+        torch.testing.assert_close(as_columns(after[inside]), as_columns(moved), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(same[inside], length[nearest[inside]], rtol=1e-5, atol=1e-6)
+        heat = maps[0, start + 10 : start + 10 + classes].flatten(1)[:, nearest[inside]]
+        assert torch.equal(warped[0, start + 10 : start + 10 + classes].flatten(1)[:, inside], heat)
+
+
+@pytest.mark.parametrize("norm_bbox", [True, False])
+@pytest.mark.parametrize("kinds", [
+    {}, {"flip_x": True}, {"flip_y": True}, {"flip_x": True, "flip_y": True}, {"degrees": 90.0}, {"degrees": -90.0},
+    {"degrees": 180.0}, {"flip_x": True, "degrees": 90.0}, {"scale": 1.05}, {"degrees": 22.5, "scale": 0.95},
+])
+def test_a_head_map_says_the_moved_boxes(kinds: dict[str, Any], norm_bbox: bool) -> None:
+    matrix = torch.from_numpy(bev_matrix(**kinds))
+    check_moved(random_head_map(norm_bbox=norm_bbox), matrix, HEAD_GRID.range, norm_bbox)
+
+
+@given(st.booleans(), st.booleans(), st.floats(-45, 45), st.floats(0.9, 1.1), st.sampled_from([16, 20]))
+@settings(max_examples=40, deadline=None)
+def test_a_head_map_says_the_moved_boxes_whatever_the_augmentation(
+    flip_x: bool, flip_y: bool, degrees: float, scale: float, size: int
+) -> None:
+    matrix = torch.from_numpy(bev_matrix(flip_x=flip_x, flip_y=flip_y, degrees=degrees, scale=scale))
+    source = HEAD_GRID.centers().double() @ torch.linalg.inv(matrix[:2, :2].double()).T / HEAD_GRID.cell
+    assume(((source - source.floor()).minimum(source.ceil() - source) > 1e-4).all())  # which cell is nearest is clear
+    check_moved(random_head_map(size), matrix, size * HEAD_GRID.cell / 2)
+
+
+@pytest.mark.parametrize("kinds", [{}, {"flip_x": True}, {"flip_y": True}, {"degrees": 90.0}])
+def test_a_head_map_that_lies_on_the_grid_again_keeps_its_offsets_and_changes_twice_back(kinds: dict[str, Any]) -> None:
+    maps, matrix = random_head_map(), torch.from_numpy(bev_matrix(**kinds)).float()[None]
+    warped, valid = warp_head(maps, matrix, HEAD_GRID.range, encoder())
+    assert valid.all()
+    for start in STARTS:
+        assert (warped[:, start : start + 2] >= 0).all()
+        assert (warped[:, start : start + 2] <= 1).all()
+    back, _ = warp_head(warped, torch.linalg.inv(matrix), HEAD_GRID.range, encoder())
+    torch.testing.assert_close(back, maps, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [{"flip_x": True}, {"flip_y": True}, {"degrees": 90.0}, {"degrees": 180.0}])
+def test_a_head_decodes_a_moved_map_to_moved_boxes(kinds: dict[str, Any]) -> None:
+    head = GridCenterHead({"range": HEAD_GRID.range, "cell": HEAD_GRID.cell}, TASKS, 4, nms_radius=2.0,
+                          max_detections=10_000)
+
+    def decoded(maps: Tensor) -> Any:
+        parts = maps.split([10 + classes for classes in SIZES], 1)
+        tasks = [part.split([*REGRESSION.values(), classes], 1) for part, classes in zip(parts, SIZES, strict=True)]
+        return head.decode([dict(zip([*REGRESSION, "heatmap"], task, strict=True)) for task in tasks])[0]
+
+    maps, matrix = random_head_map(), torch.from_numpy(bev_matrix(**kinds))
+    before = decoded(maps)
+    after = decoded(warp_head(maps, matrix.float()[None], HEAD_GRID.range, encoder())[0])
+    assert len(before.boxes) > 300
+    assert torch.equal(after.scores, before.scores)
+    assert torch.equal(after.labels, before.labels)
+    torch.testing.assert_close(as_columns(after.boxes), as_columns(transform_boxes(before.boxes, matrix)))
+
+
+def test_each_head_map_has_its_own_augmentation_and_autocast_does_not_reach_it() -> None:
+    maps, aug = random_head_map(samples=2), torch.cat([planar(0.3, 0.95), planar(flip_x=True)])
+    warped, valid = warp_head(maps, aug, HEAD_GRID.range, encoder())
+    for i in range(2):
+        alone, there = warp_head(maps[i : i + 1], aug[i : i + 1], HEAD_GRID.range, encoder())
+        assert torch.equal(warped[i : i + 1], alone)
+        assert torch.equal(valid[i : i + 1], there)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(warp_head(maps, aug, HEAD_GRID.range, encoder())[0], warped)
+
+
+def test_a_head_map_of_other_tasks_or_another_cell_is_named() -> None:
+    with pytest.raises(ValueError, match="head maps have 60 channels, the tasks need 70"):
+        warp_head(torch.zeros(1, 60, 16, 16), planar(), HEAD_GRID.range, encoder())
+    with pytest.raises(ValueError, match=r"cells of 0\.8 m, the grid cells of 1\.6 m"):
+        warp_head(torch.zeros(1, 70, 32, 32), planar(), HEAD_GRID.range, encoder())
+
+
+def test_a_tasks_channels_have_the_score_of_its_best_class() -> None:
+    maps = random_head_map(4)
+    scores = task_scores(maps, encoder())
+    assert scores.shape == maps.shape
+    for start, classes in zip(STARTS, SIZES, strict=True):
+        best = maps[:, start + 10 : start + 10 + classes].amax(1, keepdim=True).sigmoid()
+        assert torch.equal(scores[:, start : start + 10 + classes], best.expand(-1, 10 + classes, -1, -1))

@@ -31,10 +31,13 @@ def params_text(**changes: Any) -> str:
         "profile": "demo",
         "seed": 0,
         "study": {
-            "teachers": ["lidar"],
+            "teachers": ["lidar", "start"],
+            "parts": {"lidar": "lidar", "camera": "start"},
+            "fusions": [],
             "segmenters": [],
             "stores": ["lidar"],
             "variants": ["baseline", "xod"],
+            "featured": [],
             "seeds": [0],
         },
     }

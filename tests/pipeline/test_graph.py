@@ -46,7 +46,7 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert names[0] == "generate@city"
     assert names[-1] == "report"
     assert nodes["prepare"].upstream == ("generate@city",)
-    assert set(nodes["extract@lidar"].upstream) == {"prepare", "teacher@lidar"}
+    assert set(nodes["extract@lidar"].upstream) == {"prepare", "teacher@lidar", "teacher@start"}
     assert nodes["extract@lidar"].outs == ("outputs/stores/lidar", "reports/stores/lidar.json")
     assert {"extract@lidar", "teacher@lidar"} < set(nodes["distill@baseline-0"].upstream)
     assert "extract@lidar" in nodes["report"].upstream

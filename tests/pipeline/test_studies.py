@@ -26,7 +26,7 @@ params:
         ema_decay: 0.5  # another
   input: {image: {size: [96, 320]}}
 study: {variants: [baseline,
-  xfd], seeds: [3]}
+  xfd], featured: [], seeds: [3]}
 """
 
 
@@ -100,7 +100,7 @@ def test_a_wrong_study_is_named_and_changes_nothing(folder: Path, change: tuple[
 
 
 def test_an_unknown_study_is_named(folder: Path) -> None:
-    with pytest.raises(StudyError, match=r"study 'x4kd' is unknown; allowed: made, x3kd"):
+    with pytest.raises(StudyError, match=r"study 'x4kd' is unknown; allowed: made, simdistill, x3kd"):
         apply_study("x4kd", folder)
 
 

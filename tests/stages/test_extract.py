@@ -25,7 +25,9 @@ from ruamel.yaml import YAML
 
 from data.augment import bev_matrix
 from data.store import Store
-from models.detector import build_detector
+from data.teacher import TaughtDataset, collate_taught
+from models.detector import Prediction, build_detector
+from models.distill import Recipe, TermConfig
 from models.warp import warp_bev
 from pipeline.environment import die_with_parent
 from pipeline.graph import StageSpec
@@ -36,6 +38,7 @@ from pipeline.trainer import Preempted
 from stages import extract
 from stages.frozen import FrozenTeacher, evenly
 from stages.identity import CODE, store_identity
+from stages.sources import OnlineTeacher, Sources
 from stages.weights import load_detector, save_detector
 from tests.models.factory import GRID, lidar_config
 from tests.stages.untrained import TEACHER, make_root
@@ -45,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, SHARD = 10, 3
 PLAIN = {"boxes": {"serve": "cached-exact"}, "bev_lift": {"serve": "cached-warp"}}
 CODED = {"serve": "cached-warp", "dtype": "int8", "channels": 6, "cells": "occupied", "compression": "zstd"}
+HEAD = {"serve": "cached-warp", "dtype": "float16", "compression": "zstd"}
 HALO = 6.4
 # As many voxels as there are: where their limit is met, a larger grid keeps others.
 
@@ -53,7 +57,7 @@ def values(taps: dict[str, Any] = PLAIN, **changes: Any) -> dict[str, Any]:
     """The project's params.yaml on the small grid, without variants."""
     raw = read_yaml(ROOT / "params.yaml")
     raw["stores"] = {"lidar": {"teacher": "lidar", "score_threshold": 0.1, "taps": taps}}
-    raw["variants"], raw["study"] = {}, raw["study"] | {"stores": ["lidar"], "variants": []}
+    raw["variants"], raw["study"] = {}, raw["study"] | {"stores": ["lidar"], "variants": [], "featured": []}
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
         "input": {"sweeps": 1},
@@ -154,6 +158,61 @@ def test_gaps_can_be_left_out_and_do_not_make_another_store(root: Path) -> None:
     store, card = run(root, parse(store={"gap_samples": 0}), "g")
     assert "gap" not in card["taps"]["bev_lift"]
     assert contents(store.folder) == before
+
+
+def head_both_ways(root: Path, store: Store, params: Params, **kinds: Any) -> tuple[Any, dict[str, Any], FrozenTeacher]:
+    """Two samples with an augmentation matrix, their head maps out of the store and of the teacher in the step."""
+    teacher = teacher_of(root, params)
+    samples = TaughtDataset(teacher.views[0].dataset, {"lidar": store}, ["lidar.head"])
+    batch = collate_taught([samples[0], samples[7]])
+    batch.bev_aug[:] = torch.from_numpy(bev_matrix(**kinds))
+    live = OnlineTeacher(teacher.plain, ["head", "boxes"], 0.1, torch.device("cpu"))
+    return batch, Sources({"lidar": store}, {"live": live}, params.grid.range, teacher.plain.targets)(batch), teacher
+
+
+def test_a_stored_head_is_the_online_one_without_augmentation(root: Path) -> None:
+    params = parse({"head": HEAD})
+    store, card = run(root, params)
+    assert card["taps"]["head"]["gap"]["identity"] < 1e-3
+    assert min(card["taps"]["head"]["gap"][name] for name in ("flip x", "rotate 10")) > 0.01
+    batch, outputs, teacher = head_both_ways(root, store, params)
+    assert outputs["lidar.head.valid"].all()
+    torch.testing.assert_close(outputs["lidar.head"], outputs["live.head"], rtol=1e-3, atol=1e-4)
+    shared = {"student": "head", "weight": 1.0}
+    kinds = {"cls": shared | {"distance": "qfl"},
+             "box": shared | {"distance": "sl1", "mask": {"kind": "gt_centers"}}}
+    configs = {f"{name}_{kind}": TermConfig(**term, teacher=f"{name}.head")
+               for name in ("lidar", "live") for kind, term in kinds.items()}
+    terms = Recipe(configs, teacher.plain.targets, {}, {"lidar.head": 70, "live.head": 70})
+    with torch.no_grad():
+        torch.manual_seed(0)
+        head = [{name: maps + torch.randn_like(maps) for name, maps in task.items()}
+                for task in teacher.plain(batch).head]
+        batch.boxes = [rows[:20, :9] for rows in outputs["live.boxes"]]
+        batch.labels = [rows[:20, 10].long() for rows in outputs["live.boxes"]]
+        # Untrained scores are all about 0.1, above which a cell counts: rounding must not decide whether it does.
+        losses = terms(Prediction(head, {}), {name: outputs[name] + 1.0 for name in ("lidar.head", "live.head")}, batch,
+                       0.0)
+    assert min(len(boxes) for boxes in batch.boxes) > 0
+    for kind in kinds:
+        assert losses[f"lidar_{kind}"] > 0
+        torch.testing.assert_close(losses[f"lidar_{kind}"], losses[f"live_{kind}"], rtol=1e-3, atol=0)
+
+
+def test_a_stored_head_needs_the_students_targets(root: Path) -> None:
+    params = parse({"head": HEAD})
+    store, _ = run(root, params)
+    samples = TaughtDataset(teacher_of(root, params).views[0].dataset, {"lidar": store}, ["lidar.head"])
+    with pytest.raises(ValueError, match=r"lidar\.head is a cached head map: .* the student's targets"):
+        Sources({"lidar": store}, {}, params.grid.range)(collate_taught([samples[0]]))
+
+
+def test_a_head_that_cannot_be_moved_is_refused() -> None:
+    wrong = HEAD | {"dtype": "int8", "channels": 6, "cells": "occupied"}
+    with pytest.raises(ValueError, match=r"taps\.head: dtype 'int8'.*allowed: float32, float16") as caught:
+        parse({"head": wrong})
+    assert "channels 6 is not possible for head; allowed: null" in str(caught.value)
+    assert "cells 'occupied' is not possible for head; allowed: all" in str(caught.value)
 
 
 def test_a_halo_changes_nothing_inside_the_grid(root: Path) -> None:

@@ -69,6 +69,20 @@ SEGMENTER = {
     },
 }  # fmt: skip
 
+COST: dict[str, Any] = {
+    "device": "Some CPU", "threads": 2, "torch": "2.13.0", "precision": "float32", "image": [128, 352], "frames": 1,
+    "repeats": 15,
+    "teachers": {
+        name: {"parameters": 650_000, "multiply_adds": 1_180_000_000, "latency_ms": 44.0}
+        for name in ("lidar", "fusion")
+    },
+    "variants": {
+        "baseline": {"parameters": 1_600_000, "multiply_adds": 2_500_000_000, "latency_ms": 80.0},
+        "xfd": {"parameters": 1_600_000, "multiply_adds": 2_500_000_000, "latency_ms": 80.0},
+        "xod-<b>": {"parameters": 1_800_000, "multiply_adds": 3_500_000_000, "latency_ms": 100.0},
+    },
+}  # fmt: skip
+
 
 def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tuple[str, ...] = ()) -> dict[str, Any]:
     classes = {}
@@ -119,19 +133,43 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
     Image.fromarray(rng.integers(0, 255, (30, 80, 3), dtype=np.uint8)).save(overlays / "00.png")
     images = [{"image": "samples/CAM_BACK/one.jpg", "file": "00.png"}]
     (overlays / "pictures.json").write_text(json.dumps({"threshold": 0.2, "images": images}))
+    (root / "cost.json").write_text(json.dumps(COST))
     (root / "stores").mkdir()
     (root / "stores/lidar.json").write_text(json.dumps(CARD))
     return root
 
 
+def add_fusion(root: Path, mean_ap: float, score: float) -> None:
+    """A fusion teacher with these metrics beside `lidar`, which gets 0.5 and 0.6."""
+    path = root / "metrics/lidar.json"
+    content = {**json.loads(path.read_text()), "mAP": 0.5, "NDS": 0.6}
+    path.write_text(json.dumps(content))
+    (root / "metrics/fusion.json").write_text(json.dumps({**content, "mAP": mean_ap, "NDS": score}))
+    make_predictions(np.random.default_rng(1), root / "predictions/fusion", content)
+
+
+def add_features(root: Path, seeds: list[int], before: float | None = 0.2) -> None:
+    """Features of xfd, better by 0.1 and a tenth of the seed after compensation."""
+    for seed in seeds:
+        folder = root / f"features/xfd-{seed}"
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((30, 90, 3), 99, np.uint8)).save(folder / "00.png")
+        after = 0.3 + 0.1 * seed
+        entry = {"token": "abc", "caption": f"seed {seed}", "file": "00.png", "before": before, "after": after}
+        content = {"teacher": "fusion", "mean": {"before": before, "after": after}, "keyframes": [entry]}
+        (folder / "features.json").write_text(json.dumps(content))
+
+
 def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
     given: dict[str, Any] = {
-        "profile": "demo", "teachers": ["lidar"], "starts": [], "segmenters": ["instance"], "stores": ["lidar"],
+        "profile": "demo", "teachers": ["lidar"], "fusions": [], "parts": {"lidar": "lidar"}, "starts": [],
+        "featured": [], "segmenters": ["instance"], "stores": ["lidar"],
         "variants": VARIANTS, "seeds": seeds, "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
-    return build(root / "metrics", root / "predictions", root / "stores", **{**given, **changes})
+    folders = (root / name for name in ("metrics", "predictions", "stores", "features", "cost.json"))
+    return build(*folders, **{**given, **changes})
 
 
 def section(report: Report, name: str) -> str:
@@ -228,10 +266,81 @@ def test_instance_teachers_have_a_section_of_their_own(tmp_path: Path) -> None:
     assert '<section id="segmenters">' not in make_report(tmp_path, [0], segmenters=[]).html
 
 
+def test_costs_are_compared_with_the_baselines(tmp_path: Path) -> None:
+    report = make_report(make_study(tmp_path, [0]), [0])
+    expected = {
+        "lidar": ["0.65", "0.41 ×", "1.18", "0.47 ×", "44.0", "0.55 ×"],
+        "baseline": ["1.60", "1.00 ×", "2.50", "1.00 ×", "80.0", "1.00 ×"],
+        "xfd": ["1.60", "1.00 ×", "2.50", "1.00 ×", "80.0", "1.00 ×"],
+        "xod-<b>": ["1.80", "1.12 ×", "3.50", "1.40 ×", "100.0", "1.25 ×"],
+    }
+    body = cells(section(report, "cost").partition("<tbody>")[2])
+    assert [body[i : i + 7][1:] for i in range(0, len(body), 7)] == list(expected.values())
+    rows = [line.strip("| ").split(" | ") for line in report.markdown.partition("| model | params, M")[2].splitlines()]
+    assert {row[0]: row[1:] for row in rows[2:6]} == expected
+    assert "median of 15 forward passes at batch 1 in float32 on Some CPU, 2 threads" in report.markdown
+    cost = json.loads(report.summary)["cost"]
+    assert cost["variants"]["xod-<b>"] == {
+        **COST["variants"]["xod-<b>"],
+        "of_baseline": {"parameters": 1.125, "multiply_adds": 1.4, "latency_ms": 1.25},
+    }
+    assert (cost["device"], list(cost["teachers"])) == ("Some CPU", ["lidar"])
+
+
+@pytest.mark.parametrize(
+    ("mean_ap", "score", "verdict"),
+    [
+        (0.55, 0.61, "fusion is ahead of its parts lidar in mAP and NDS."),
+        (0.55, 0.58, "fusion is not ahead of lidar in NDS (0.580 against 0.600)."),
+        (0.5, 0.58, "fusion is not ahead of lidar in mAP (0.500 against 0.500), lidar in NDS (0.580 against 0.600)."),
+    ],
+)
+def test_whether_fusion_is_ahead_of_its_parts_is_said(
+    tmp_path: Path, mean_ap: float, score: float, verdict: str
+) -> None:
+    make_study(tmp_path, [0])
+    assert '<section id="fusion">' not in make_report(tmp_path, [0]).html
+    add_fusion(tmp_path, mean_ap, score)
+    report = make_report(tmp_path, [0], fusions=["fusion"])
+    assert verdict in report.markdown
+    assert verdict in report.plain
+    text = section(report, "fusion")
+    assert verdict in text
+    assert cells(text.partition("<tbody>")[2]) == [
+        *("fusion", "", f"{mean_ap:.3f}", "–", f"{score:.3f}", "–"),
+        *("lidar", "lidar", "0.500", f"{mean_ap - 0.5:+.3f}", "0.600", f"{score - 0.6:+.3f}"),
+    ]
+    ahead = verdict.startswith("fusion is ahead")
+    assert json.loads(report.summary)["fusions"] == {"fusion": {"parts": {"lidar": "lidar"}, "ahead": ahead}}
+    assert "distilled from lidar, fusion, instance" in report.html
+
+
+def test_simulated_features_are_shown_with_their_correlation(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    assert '<section id="features">' not in make_report(tmp_path, [0, 1]).html
+    add_features(tmp_path, [0, 1])
+    report = make_report(tmp_path, [0, 1], featured=["xfd"])
+    text = section(report, "features")
+    half = scipy.stats.t.ppf(0.975, 1) * 0.05
+    assert cells(text.partition("<tbody>")[2]) == [
+        "xfd", "fusion", "0.200± 0.000", f"0.350± {half:.3f}", f"+0.150± {half:.3f}",
+    ]  # fmt: skip
+    assert text.count("<img") == 1
+    assert "seed 0" in text
+    assert json.loads(report.summary)["features"] == {"xfd": {"teacher": "fusion", "before": 0.2, "after": 0.35}}
+
+
+def test_without_compensation_there_is_no_before(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    add_features(tmp_path, [0], before=None)
+    text = section(make_report(tmp_path, [0], featured=["xfd"]), "features")
+    assert cells(text.partition("<tbody>")[2]) == ["xfd", "fusion", "–", "0.300", "–"]
+
+
 def test_rows_of_a_paper_have_a_column(tmp_path: Path) -> None:
     make_study(tmp_path, [0])
     rows = [line.split(" | ") for line in make_report(tmp_path, [0]).markdown.splitlines() if line.startswith("| ")]
-    assert [row[1] for row in rows] == ["row", "---:", "", "A0", "A2", ""]
+    assert [row[1] for row in rows[:6]] == ["row", "---:", "", "A0", "A2", ""]
     plain = {name: {**entry, "row": None} for name, entry in VARIANTS.items()}
     assert " row " not in make_report(tmp_path, [0], variants=plain).markdown
 
@@ -281,18 +390,28 @@ def test_what_was_learned_from_the_scored_scenes_is_said(
 
 
 def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() -> None:
-    changes = {
+    raw = read_yaml(ROOT / "params.yaml")
+    changes: dict[str, Any] = {
         "data": {"splits": {"train": "train", "students": "train[:-16]"}},
         "students": {"camera": {"start": {"teacher": "start"}}},
-        "study": {"teachers": ["lidar", "start"]},
+        "study": {"teachers": ["lidar", "start"], "fusions": ["fusion"]},
     }
-    raw = read_yaml(ROOT / "params.yaml")
     params = Params.model_validate(merge(raw, changes))
     assert starts(params) == {"start"}
-    parts = {"lidar": "train", "start": raw["teachers"]["start"]["split"], "students": "train[:-16]"}
-    assert learned_from(params) == parts
+    splits = {name: raw["teachers"][name].get("split", "train") for name in ("lidar", "start", "fusion")}
+    assert learned_from(params) == {**splits, "students": "train[:-16]"}
     params = Params.model_validate(merge(raw, {"data": {"splits": {"students": None}}}))
     assert learned_from(params)["students"] == raw["data"]["splits"]["train"]
+
+
+def test_a_part_of_a_fusion_teacher_is_a_start_unless_students_learn_from_it() -> None:
+    raw = read_yaml(ROOT / "params.yaml")
+    for student in raw["students"].values():
+        student["start"] = None
+    raw["study"] |= {"teachers": ["lidar", "start"], "parts": {"lidar": "lidar", "camera": "start"}}
+    assert starts(Params.model_validate(raw)) == {"start"}
+    raw["study"] |= {"fusions": [], "stores": ["lidar", "instance"], "variants": ["baseline"], "featured": []}
+    assert starts(Params.model_validate(raw)) == set()
 
 
 def test_the_summary_of_one_study_shows_another_how_its_weights_were_chosen(tmp_path: Path) -> None:
@@ -356,17 +475,26 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ),
         ("predictions/instance/pictures.json", None, "run `dvc repro evaluate_segmenter@instance`"),
         ("predictions/instance/00.png", None, "is missing"),
+        ("metrics/fusion.json", None, "is missing: run `dvc repro evaluate_fusion@fusion`"),
+        ("cost.json", None, "is missing: run `dvc repro cost`"),
+        ("cost.json", "{", "is not JSON"),
+        ("cost.json", json.dumps({**COST, "variants": {}}), "does not fit the study (KeyError('baseline')): run"),
+        ("features/xfd-1/features.json", None, "is missing: run `dvc repro features@xfd-1`"),
+        ("features/xfd-1/features.json", "{}", "lacks teacher, mean, keyframes: it is of another version"),
+        ("features/xfd-0/00.png", None, "is missing"),
     ],
 )
 def test_what_is_missing_is_named_with_what_to_run(
     tmp_path: Path, file: str, content: str | None, message: str
 ) -> None:
     path = make_study(tmp_path, [0, 1]) / file
+    add_fusion(tmp_path, 0.6, 0.6)
+    add_features(tmp_path, [0, 1])
     path.unlink()
     if content:
         path.write_text(content)
     with pytest.raises(ReportError, match=f"{re.escape(file)}.*{re.escape(message)}"):
-        make_report(tmp_path, [0, 1])
+        make_report(tmp_path, [0, 1], fusions=["fusion"], featured=["xfd"])
 
 
 def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
@@ -403,7 +531,12 @@ class References(HTMLParser):
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    report = make_report(make_study(tmp_path, [0, 1]), [0, 1], search=(tmp_path, "x3kd-weights"))
+    make_study(tmp_path, [0, 1])
+    add_fusion(tmp_path, 0.6, 0.6)
+    add_features(tmp_path, [0, 1])
+    report = make_report(
+        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=["fusion"], featured=["xfd"]
+    )
     text = report.html
     page = References()
     page.feed(text)

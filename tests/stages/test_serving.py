@@ -12,8 +12,10 @@ from torch import Tensor
 from data.augment import bev_matrix
 from data.store import Calibration, Encoding, TapSpec
 from models.detector import Detections
+from models.grid import Grid
+from models.targets import TargetEncoder
 from models.warp import warp_bev
-from stages.serving import box_rows, serve_maps
+from stages.serving import box_rows, serve_head, serve_maps
 
 CHANNELS, SIZE, EXTENT, HALO = 6, 24, 12.0, 4.0
 INNER = EXTENT - HALO
@@ -110,3 +112,21 @@ def test_boxes_above_the_threshold_become_rows() -> None:
     rows = box_rows(Detections(boxes, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([4, 0, 7])), 0.5)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, torch.cat([boxes[:2], torch.tensor([[0.9, 4.0], [0.5, 0.0]])], 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_map_keeps_its_halo_out_and_its_values(dtype: str) -> None:
+    targets = TargetEncoder(Grid(INNER, 1.0), (1, 2), (1,) * 3)
+    maps = np.random.default_rng(0).normal(0, 2, (2, 23, SIZE, SIZE)).astype(np.float32)
+    calibration = Calibration.fit(Encoding(dtype), list(maps), [None, None])
+    spec = TapSpec.dense(maps[0].shape, Encoding(dtype), EXTENT)
+    chunks = [spec.encode({"head": sample}, "head", "token", calibration) for sample in maps]
+    values = torch.from_numpy(np.stack([spec.decode(chunk, "head", calibration)["head"] for chunk in chunks]))
+    aug = matrices({}, {"degrees": 22.5})
+    served, valid = serve_head(values, calibration, EXTENT, aug, targets)
+    assert served.dtype == torch.float32
+    assert served.shape == (2, 23, 16, 16)
+    assert valid.all()
+    expected = torch.from_numpy(maps[0, :, 4:-4, 4:-4].astype(dtype).astype(np.float32))
+    torch.testing.assert_close(served[0], expected, rtol=0, atol=1e-6)
+    assert not torch.isclose(served[1], expected).any(0).all()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.batch import Sample
 from pipeline.params import Params
 
-CAMERAS = 6
+CAMERAS: Final = 6
+RADARS: Final = 5
+RADAR_SWEEPS: Final = 6
+RADAR_RETURNS: Final = 50  # of one RADAR in one sweep, about what nuScenes has
 
 
 def random_points(generator: torch.Generator, reach: float, count: int = 75_000) -> Tensor:
@@ -39,6 +40,14 @@ def random_boxes(generator: torch.Generator, reach: float, count: int) -> Tensor
     return low + torch.rand(count, 9, generator=generator) * (high - low)
 
 
+def random_radar(generator: torch.Generator, reach: float) -> Tensor:
+    """Returns [R, 7] of all RADARs and sweeps."""
+    low = torch.tensor([-reach, -reach, -1.4, -10.0, -15.0, -15.0, 0.0])
+    high = torch.tensor([reach, reach, -0.8, 30.0, 15.0, 15.0, 0.5])
+    count = RADARS * RADAR_SWEEPS * RADAR_RETURNS
+    return low + torch.rand(count, 7, generator=generator) * (high - low)
+
+
 def random_samples(params: Params, count: int) -> list[Sample]:
     """Training samples as the data set would give them, for six cameras that look around."""
     return [_sample(params, torch.Generator().manual_seed(number), number) for number in range(count)]
@@ -59,7 +68,7 @@ def _sample(params: Params, generator: torch.Generator, number: int) -> Sample:
         bev_aug=flip,
         has_previous=True,
         points=random_points(generator, reach),
-        radar=torch.empty(0, 7),
+        radar=random_radar(generator, reach) if params.input.radar else torch.empty(0, 7),
         boxes=random_boxes(generator, reach, 30),
         labels=torch.randint(0, 10, (30,), generator=generator),
         depth=depth * (torch.rand(depth.shape, generator=generator) < 0.2),

@@ -1,0 +1,60 @@
+"""Camera images to feature maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor
+
+import models.backbones
+import models.necks  # noqa: F401 (registers them)
+
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+"""ImageNet's RGB statistics, which pretrained backbones expect."""
+
+
+class ImageEncoder(BaseModule):
+    """Backbone and neck over all cameras of a frame.
+
+    Args:
+        backbone: config of an mmdet backbone.
+        neck: config of a neck with ``out_channels``, whose (first) output has stride ``stride``.
+        stride: pixels per cell of the neck's output.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: dict[str, Any], neck: dict[str, Any], stride: int) -> None:
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        self.neck = MODELS.build(neck)
+        self.stride, self.channels = stride, total_channels(neck["out_channels"])
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, N, C, h, w] of images [B, N, 3, H, W] (uint8 RGB)."""
+        height, width = images.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image size {height}x{width} is not a multiple of stride {self.stride}")
+        x = (images.flatten(0, 1).float() - self.mean) / self.std
+        features = first(self.neck(self.backbone(x.contiguous(memory_format=torch.channels_last))))
+        if features.shape[-2:] != (height // self.stride, width // self.stride):
+            raise ValueError(f"the image neck's map is {list(features.shape[-2:])} for images {height}x{width}: "
+                             f"stride {self.stride} does not describe it")
+        return features.unflatten(0, images.shape[:2])
+
+
+def first(maps: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The map of a neck that returns one, or the first of several."""
+    return maps if isinstance(maps, Tensor) else maps[0]
+
+
+def total_channels(out_channels: int | list[int]) -> int:
+    """Channels of a neck's output: SECONDFPN lists those it concatenates, FPN has one number."""
+    return out_channels if isinstance(out_channels, int) else sum(out_channels)
