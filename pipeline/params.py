@@ -259,9 +259,16 @@ class TeacherStart(Section):
 class StudentParams(Section):
     """A student: its model and its training."""
 
-    start: TeacherStart | ImportParams | None = None
+    start: TeacherStart | list[TeacherStart] | ImportParams | None = None
     model: dict[str, Any]
     train: TrainConfig
+
+    @property
+    def starts(self) -> list[TeacherStart]:
+        """The teachers that it starts from."""
+        if isinstance(self.start, list):
+            return self.start
+        return [self.start] if isinstance(self.start, TeacherStart) else []
 
 
 class VariantParams(Section):
@@ -368,9 +375,9 @@ class Params(Section):
         sources = {**self.teachers, **self.segmenters}
         checks += [(f"stores.{name}.teacher", [s.teacher], sources) for name, s in self.stores.items()]
         checks += [
-            (f"students.{name}.start.teacher", [student.start.teacher], self.teachers)
+            (f"students.{name}.start.teacher", [start.teacher], self.teachers)
             for name, student in self.students.items()
-            if isinstance(student.start, TeacherStart)
+            for start in student.starts
         ]
         checks += [(f"variants.{name}.student", [v.student], self.students) for name, v in self.variants.items()]
         for where, names, known in checks:
@@ -428,12 +435,12 @@ class Params(Section):
 
     def _missing_start(self, variant: str) -> Iterable[str]:
         student = self.students.get(self.variants[variant].student)
-        start = student.start if student else None
-        if isinstance(start, TeacherStart) and start.teacher not in self.study.teachers:
-            yield (
-                f"variants.{variant}: its student starts from teacher {start.teacher!r}, "
-                f"which study.teachers {self.study.teachers} lacks"
-            )
+        for start in student.starts if student else ():
+            if start.teacher not in self.study.detectors:
+                yield (
+                    f"variants.{variant}: its student starts from teacher {start.teacher!r}, "
+                    f"which study.teachers {self.study.teachers} and study.fusions {self.study.fusions} lack"
+                )
 
     def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
         source = term.get("teacher")

@@ -19,7 +19,7 @@ from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
 from models.targets import TargetEncoder
-from pipeline.params import ImportParams, TeacherStart, split_key
+from pipeline.params import ImportParams, StudentParams, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import WATCHED
@@ -77,7 +77,7 @@ def run(context: StageContext) -> None:
         # The student comes first and from its own seed: all variants of a seed start from the same weights.
         seed_everything(MODEL, seed)
         student = build_detector(settings.model)
-        start_as_set(context, student, settings.start)
+        start_as_set(context, student, settings)
         sources = open_sources(context, terms, student.targets)
         statistics = tap_statistics(context, sources)
         seed_everything(RECIPE, seed)
@@ -93,16 +93,16 @@ def run(context: StageContext) -> None:
     context.publish(context.scratch / "model", f"outputs/students/{context.key}")
 
 
-def start_as_set(context: StageContext, student: Detector, start: TeacherStart | ImportParams | None) -> None:
+def start_as_set(context: StageContext, student: Detector, settings: StudentParams) -> None:
     """Give a student the weights that it starts from, if it has any."""
-    if isinstance(start, TeacherStart):
+    for start in settings.starts:
         folder = context.root / f"outputs/teachers/{start.teacher}"
         if start.only is None:
             start_from(student, folder, None)
         else:
             start_in_part(student, folder, start.only)
-    elif start is not None:
-        start_from(student, context.root / start.folder, start.checksum)
+    if isinstance(settings.start, ImportParams):
+        start_from(student, context.root / settings.start.folder, settings.start.checksum)
 
 
 def open_sources(

@@ -12,7 +12,7 @@ from typing import Final
 
 from data.index import Index
 from pipeline import graph
-from pipeline.params import Params, TeacherStart
+from pipeline.params import Params
 from pipeline.report import build
 from pipeline.stage import StageContext
 
@@ -64,8 +64,7 @@ def run(context: StageContext) -> None:
 def starts(params: Params) -> set[str]:
     """The teachers from which students or fusion teachers of the study start, and from which no store is made."""
     study = params.study
-    students = [params.student(name) for name in study.variants]
-    begun = {student.start.teacher for student in students if isinstance(student.start, TeacherStart)}
+    begun = {start.teacher for name in study.variants for start in params.student(name).starts}
     parts = set(study.parts.model_dump().values()) if study.fusions else set()
     return (begun | parts) - {params.stores[name].teacher for name in study.stores}
 

@@ -1,4 +1,4 @@
-"""A shipped study at smoke size, by the commands behind `make study`."""
+"""The studies of the methods at smoke size, by the commands behind `make study`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tests.e2e.conftest import Project
 pytestmark = pytest.mark.xdist_group("studies")
 
 
-@pytest.mark.timeout(900)
-def test_study_runs_all_its_rows(project: Project) -> None:
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("study", ["x3kd", "simdistill"])
+def test_study_runs_all_its_rows(project: Project, study: str) -> None:
     """Every variant is trained, scored and in the table."""
-    project.run(sys.executable, "-m", "pipeline", "study", "x3kd", "--profile", "smoke")
+    project.run(sys.executable, "-m", "pipeline", "study", study, "--profile", "smoke")
     project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
     check_table(project.root)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from models.detector import Detector
 
 TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
          ["pedestrian", "traffic_cone"]]
@@ -38,10 +42,10 @@ def camera_poses() -> Tensor:
 
 
 def random_batch(batch_size: int = 2, frames: int = 1, boxes: int = 12, stride: int = 8, seed: int = 0,
-                 extent: float = 12.8) -> Any:
+                 extent: float = 12.8, image: tuple[int, int] = IMAGE) -> Any:
     """A batch with every attribute that models read."""
     generator = torch.Generator().manual_seed(seed)
-    height, width = IMAGE
+    height, width = image
     focal = torch.tensor([[40.0, 0, width / 2], [0, 40.0, height / 2], [0, 0, 1]])
     views = (batch_size, frames, CAMERAS)
     pairs = [random_boxes(boxes, extent, seed + i) for i in range(batch_size)]
@@ -132,3 +136,42 @@ COMPENSATION = {"image_compensation": {"heads": 4, "points": 3, "position": [4, 
 def simulated_config(**changes: Any) -> dict[str, Any]:
     """A small student with a simulated LiDAR branch, without compensation."""
     return camera_config(type="SimulatedFusion", fused_channels=16) | changes
+
+
+def awaken(student: Detector) -> Detector:
+    """The student with a compensation that does something, as after training."""
+    for name in ("image_compensation", "bev_compensation"):
+        for parameter in student.get_submodule(name).parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return student
+
+
+SENSED = ("images", "points", "depth", "boxes", "radar")
+"""What sensors and annotators say of a sample."""
+
+
+def read_by(detector: Detector, batch: Any) -> dict[str, set[str]]:
+    """Of ``SENSED``, by tap, what the tap depends on: it changes when that is replaced by another sample's."""
+    names, other = [*detector.tap_channels, "head"], random_batch(len(batch.tokens), seed=100)
+    found: dict[str, set[str]] = {name: set() for name in names}
+    with torch.no_grad():
+        plain = detector(batch, names).taps
+        for sensed in SENSED:
+            changed = copy.copy(batch)
+            setattr(changed, sensed, getattr(other, sensed))
+            taps = detector(changed, names).taps
+            for name in names:
+                if not torch.equal(taps[name], plain[name]):
+                    found[name].add(sensed)
+    return found
+
+
+def let_in(lift: nn.Module, sensed: str) -> None:
+    """A defect of SimDistill's released code: a lift of camera features that looks at something else too."""
+    plain: Callable[..., Any] = lift.forward
+
+    def forward(features: Tensor, batch: Any, frame: int = 0) -> Any:
+        seen = torch.stack([sample.float().mean() for sample in getattr(batch, sensed)])
+        return plain(features + seen.view(-1, 1, 1, 1, 1), batch, frame)
+
+    lift.forward = forward

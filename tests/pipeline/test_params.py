@@ -86,7 +86,43 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             ["milestones [0.9, 0.5] must ascend"],
         ),
         ({"students__camera__start": {"teacher": "stert"}}, ["students.camera.start.teacher", "did you mean 'start'"]),
-        ({"students__camera__start": {"teacher": "fusion"}}, ["variants.baseline", "study.teachers ['lidar', 'start'] lacks"]),
+        (
+            {"students__camera__start": {"teacher": "fusion"}},
+            ["variants.baseline", "'fusion'", "study.teachers ['lidar', 'start'] and study.fusions [] lack"],
+        ),
+        (
+            {"students__camera__start": [{"teacher": "start", "only": ["images"]}, {"teacher": "fusoin"}]},
+            ["students.camera.start.teacher: 'fusoin'", "did you mean 'fusion'"],
+        ),
+        ({"students__camera__start": {"teacher": "start", "parts": ["lift"]}}, ["students.camera.start", "parts"]),
+        ({"study__fusions": ["fusoin"]}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
+        ({"study__fusions": ["fusion", "fusion"]}, ["study.fusions: 'fusion' is listed more than once"]),
+        (
+            {"study__fusions": ["fusion", "lidar"]},
+            ["study.fusions: ['lidar'] are in study.teachers too", "in one step or in two"],
+        ),
+        ({"study__fusions": REMOVED}, ["study.fusions: missing"]),
+        ({"study__parts": {"lidar": "lidar"}}, ["study.parts.camera: missing"]),
+        ({"study__parts__radar": "lidar"}, ["study.parts.radar: unknown key", "allowed: lidar, camera"]),
+        (
+            {"study__parts__camera": "stert", "study__fusions": ["fusion"]},
+            ["study.parts.camera: study.fusions need 'stert' in study.teachers ['lidar', 'start']"],
+        ),
+        (
+            {"study__teachers": ["start"], "study__stores": [], "study__fusions": ["fusion"]},
+            ["study.parts.lidar: study.fusions need 'lidar' in study.teachers ['start']"],
+        ),
+        ({"study__featured": ["simdistil"]}, ["study.featured: 'simdistil' is unknown", "allowed: baseline, xod"]),
+        ({"study__featured": ["simdistill"]}, ["study.featured: 'simdistill' is unknown", "allowed: baseline, xod"]),
+        ({"study__stores": ["lidar", "fusion"]}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
+        (
+            {"study__variants": ["imd"], "study__fusions": ["fusion"]},
+            ["variants.imd.terms.imd.teacher: 'fusion.bev_lift_camera' needs store 'fusion' in study.stores ['lidar']"],
+        ),
+        (
+            {"variants__baseline__terms": {"cls": BOXES | {"teacher": "fusion-online.head"}}},
+            ["variants.baseline.terms.cls.teacher: 'fusion-online.head' is online", "needs teacher 'fusion' in study."],
+        ),
         ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
         ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
         ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
@@ -154,6 +190,30 @@ def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
     params = load_params(path)
     assert params.stores["online"].cached == {}
     assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
+
+
+def test_fusion_teachers_count_as_teachers_and_parts_are_theirs_alone(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    whole = {"study__fusions": ["fusion"], "study__stores": ["lidar", "fusion"], "study__featured": ["imd"]}
+    path.write_text(params_text(**whole, study__variants=["baseline", "imd"]))
+    assert load_params(path).study.detectors == ["lidar", "start", "fusion"]
+    online = {"variants__baseline__terms": {"cls": BOXES | {"teacher": "fusion-online.head"}}}
+    path.write_text(params_text(study__fusions=["fusion"], **online))
+    assert load_params(path).stores["fusion-online"].cached == {}
+    path.write_text(params_text(study__parts={"lidar": "none", "camera": "none"}))  # without fusion teachers unread
+    assert load_params(path).study.fusions == []
+
+
+def test_a_student_starts_from_one_teacher_or_several(tmp_path: Path) -> None:
+    path, start = tmp_path / "params.yaml", {"teacher": "start", "only": ["images"]}
+    for given, teachers in (
+        (start, ["start"]),
+        ([start, {"teacher": "lidar", "only": ["head"]}], ["start", "lidar"]),
+        (None, []),
+        ({"folder": "outputs/teachers/start", "checksum": "0"}, []),
+    ):
+        path.write_text(params_text(students__camera__start=given))
+        assert [each.teacher for each in load_params(path).students["camera"].starts] == teachers
 
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from data.index import Index
 from data.store import StaleStoreError, Store, StoreError
 from data.teacher import TaughtDataset
-from models.detector import build_detector
+from models.detector import Detector, build_detector
 from models.distill import TermConfig
 from pipeline.graph import StageSpec
-from pipeline.params import ImportParams, Params, TeacherStart, merge, read_yaml
+from pipeline.params import ImportParams, Params, StudentParams, TeacherStart, TrainConfig, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from pipeline.trainer import WATCHED, minimised
@@ -35,7 +35,7 @@ from stages.distill import (
     taught,
 )
 from stages.weights import checksum_of, save_detector
-from tests.models.factory import GRID, camera_config
+from tests.models.factory import GRID, camera_config, fusion_config, simulated_config
 from tests.stages.untrained import make_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,8 +82,8 @@ def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
     raw["variants"] = {
         f"from-{name}": {"student": "camera", "terms": terms_of(name, *kinds_of(name))} for name in STORES
     } | {"baseline": {"student": "camera", "terms": {}}}
-    raw["students"]["camera"]["model"] = camera_config()
-    raw["study"] |= {"variants": [], "stores": ["exact", "half", "small", "mixed"]}
+    raw["students"]["camera"] |= {"model": camera_config(), "start": None}
+    raw["study"] |= {"variants": [], "featured": [], "stores": ["exact", "half", "small", "mixed"]}
     train = {"epochs": 1, "batch_size": 2, "precision": "bf16-mixed", "workers": 0, "checkpoint_minutes": 0}
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
@@ -221,23 +221,64 @@ def test_without_truth_a_student_learns_from_its_teachers_and_from_depth(root: P
         distill.run(context_of(root, parse(**headless), "distill", "blind-1"))
 
 
-def test_a_student_starts_from_a_teacher_or_a_folder_or_from_its_seed(root: Path) -> None:
-    torch.manual_seed(9)
-    save_detector(root / "outputs/teachers/start", camera_config(), build_detector(camera_config()).state_dict())
-    weights = load_file(root / "outputs/teachers/start/model.safetensors")
+def started(start: TeacherStart | list[TeacherStart] | ImportParams | None) -> StudentParams:
+    """Settings of a student with a start."""
+    return StudentParams(start=start, model={}, train=TrainConfig(epochs=1, batch_size=1, lr=1.0))
+
+
+def begun(context: StageContext, start: Any, config: dict[str, Any]) -> Detector:
+    """A student of seed 0 that has started so."""
+    torch.manual_seed(0)
+    student = build_detector(config)
+    start_as_set(context, student, started(start))
+    return student
+
+
+@pytest.fixture(scope="module")
+def starts(root: Path) -> dict[str, dict[str, Tensor]]:
+    """Weights of two untrained teachers that students start from: one with images, and one that fuses."""
+    for seed, (name, config) in enumerate({"start": camera_config(), "fusion": fusion_config()}.items(), start=9):
+        torch.manual_seed(seed)
+        save_detector(root / f"outputs/teachers/{name}", config, build_detector(config).state_dict())
+    return {name: load_file(root / f"outputs/teachers/{name}/model.safetensors") for name in ("start", "fusion")}
+
+
+def test_a_student_starts_from_a_teacher_or_a_folder_or_from_its_seed(
+    root: Path, starts: dict[str, dict[str, Tensor]]
+) -> None:
+    context, weights, config = context_of(root, parse(), "distill", "x-0"), starts["start"], camera_config()
     checksum = checksum_of((root / "outputs/teachers/start/model.safetensors").read_bytes())
     imported = ImportParams(folder="outputs/teachers/start", checksum=checksum)
-    context = context_of(root, parse(), "distill", "x-0")
-    for start in (TeacherStart(teacher="start"), imported, None):
-        torch.manual_seed(0)
-        student = build_detector(camera_config())
-        start_as_set(context, student, start)
+    for start in (TeacherStart(teacher="start"), [TeacherStart(teacher="start")], imported, None):
+        student = begun(context, start, config)
         equal = [torch.equal(value, weights[name]) for name, value in student.state_dict().items()]
         assert all(equal) == (start is not None)
     with pytest.raises(StageError, match="has checksum"):
-        start_as_set(context, student, ImportParams(folder="outputs/teachers/start", checksum="0"))
+        begun(context, ImportParams(folder="outputs/teachers/start", checksum="0"), config)
     with pytest.raises(StageError, match="outputs/teachers/other has no readable weights"):
-        start_as_set(context, student, TeacherStart(teacher="other"))
+        begun(context, TeacherStart(teacher="other"), config)
+
+
+def test_a_student_starts_from_modules_of_teachers(root: Path, starts: dict[str, dict[str, Tensor]]) -> None:
+    """Both lifts from the one of the start, the BEV part from another teacher or from the seed."""
+    lift_only = TeacherStart(teacher="start", only=["images", "lift"])
+    decoder = TeacherStart(teacher="fusion", only=["bev_neck", "head"])
+    places = {"images": "images", "camera_lift": "lift", "simulated_lift": "lift"}
+    context = context_of(root, parse(), "distill", "x-0")
+    of_seed = begun(context, None, simulated_config()).state_dict()
+    for start, taken in ((lift_only, set()), ([lift_only, decoder], {"bev_neck", "head"})):
+        student, again = (begun(context, start, simulated_config()).state_dict() for _ in range(2))
+        assert all(map(torch.equal, student.values(), again.values()))
+        for name, value in student.items():
+            module, _, rest = name.partition(".")
+            given = starts["start"].get(f"{places.get(module)}.{rest}", of_seed[name])
+            assert torch.equal(value, starts["fusion"][name] if module in taken else given), name
+    for only in (["images", "lifts"], ["bev_lift"]):
+        wrong = TeacherStart(teacher="start", only=only)
+        with pytest.raises(StageError, match=f"start/model.safetensors: nothing of module '{only[-1]}' fits"):
+            begun(context, [decoder, wrong], simulated_config())
+    with pytest.raises(StageError, match=r"does not fit the model: missing .*camera_lift"):
+        begun(context, TeacherStart(teacher="start"), simulated_config())
 
 
 def test_students_learn_from_their_own_part_of_the_split(root: Path) -> None:

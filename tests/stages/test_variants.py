@@ -13,12 +13,22 @@ from data.classes import CLASSES
 from data.instances import ImageInstances
 from models.detector import build_detector
 from models.distill import TermConfig
-from pipeline.params import load_params
+from pipeline.params import StudentParams, load_params
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import random_batch
 
 PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
-LIFT, HEAD = 48, 70  # channels of the LiDAR teacher's maps
+LIFT, HEAD = 48, 70  # channels of the teachers' maps
+MAPS = {"bev_lift": LIFT, "bev_lift_camera": LIFT, "bev_lift_lidar": LIFT, "bev_fused": LIFT, "head": HEAD}
+
+# SimDistill's ablation: two branches, IMD, CMD, its mask of objects, MMD-F, MMD-P, compensation in image and BEV.
+COLUMNS = ("branches", "imd", "cmd", "mask", "mmdf", "mmdp", "image", "bev")
+SIMDISTILL = {
+    "B0": "--------", "B1": "x-------", "B2": "xx------", "B3": "x-xx----", "B4": "x---x---", "B5": "x----x--",
+    "B6": "xxxxx---", "B7": "xxxxxx--", "B8": "xxxxxxxx", "B9": "xxx-xxxx", "B10": "xxxxxxx-", "B11": "xxxxxx-x",
+    "B12 deformable": "xxxxxxxx", "B12 plain": "xxxxxxxx", "B13": "----xx--",
+}  # fmt: skip
+ROWS = {variant.row: name for name, variant in PARAMS.variants.items() if variant.row}
 
 
 def instances(height: int, width: int) -> ImageInstances:
@@ -41,7 +51,17 @@ def outputs(batch: Any, size: int) -> dict[str, Any]:
     rows = [torch.cat([b, torch.full((len(b), 1), 0.7), n[:, None].float()], 1)
             for b, n in zip(batch.boxes, batch.labels, strict=True)]
     cameras = [[instances(height, width)] * batch.images.shape[2]] * count
-    return {"boxes": rows, "bev_lift": maps(LIFT).relu(), "head": maps(HEAD), "inst2d": cameras}
+    dense = {tap: maps(channels) if tap == "head" else maps(channels).relu() for tap, channels in MAPS.items()}
+    return {"boxes": rows, "inst2d": cameras} | dense
+
+
+def batch_for(settings: StudentParams) -> Any:
+    """A batch with small images, or of the size that a learned position is for."""
+    compensation = settings.model.get("image_compensation") or {}
+    if (position := compensation.get("position")) is None:
+        return random_batch(batch_size=1)
+    rows, columns = position
+    return random_batch(batch_size=1, image=(rows * settings.model["stride"], columns * settings.model["stride"]))
 
 
 @pytest.mark.parametrize("name", list(PARAMS.variants))
@@ -50,10 +70,9 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
     torch.manual_seed(0)
     student = build_detector(settings.model)
     terms = {key: TermConfig(**term) for key, term in variant.terms.items()}
-    widths = {"bev_lift": LIFT, "head": HEAD}
     taps = {term.teacher: term.teacher.partition(".")[2] for term in terms.values()}
-    recipe = make_recipe(student, terms, {t: torch.ones(widths[tap]) for t, tap in taps.items() if tap in widths})
-    batch = random_batch(batch_size=1)
+    recipe = make_recipe(student, terms, {t: torch.ones(MAPS[tap]) for t, tap in taps.items() if tap in MAPS})
+    batch = batch_for(settings)
     said = outputs(batch, student.targets.grid.size)
     task = Distillation(student, recipe, lambda _: {t: said[tap] for t, tap in taps.items()}, variant.truth)
     task.module.train()
@@ -69,3 +88,77 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
     gradients = [p.grad for p in task.module.parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def marks(name: str) -> str:
+    """A variant's columns of SimDistill's table, read off its student and what its terms compare."""
+    model, terms = PARAMS.student(name).model, PARAMS.variants[name].terms
+    pairs = {(term["student"], term["teacher"].partition(".")[2]): term for term in terms.values()}
+    cmd = pairs.get(("bev_lift_simulated", "bev_lift_lidar"))
+    outputs = sorted(term["distance"] for term in terms.values() if term["student"] == "head")
+    assert outputs in ([], ["qfl", "sl1"])
+    has = {
+        "branches": model["type"] == "SimulatedFusion",
+        "imd": ("bev_lift_camera", "bev_lift_camera") in pairs,
+        "cmd": cmd is not None,
+        "mask": cmd is not None and cmd["mask"]["kind"] == "gt_gauss",
+        "mmdf": ("bev_fused", "bev_fused") in pairs,
+        "mmdp": bool(outputs),
+        "image": bool(model.get("image_compensation")),
+        "bev": bool(model.get("bev_compensation")),
+    }
+    assert len(terms) == sum(has[column] for column in ("imd", "cmd", "mmdf")) + len(outputs)
+    return "".join("x" if has[column] else "-" for column in COLUMNS)
+
+
+def test_every_row_of_simdistill_is_there_and_is_what_its_table_says() -> None:
+    assert {row: marks(name) for row, name in ROWS.items() if row.startswith("B")} == SIMDISTILL
+    assert {row for row in ROWS if row.startswith("A")} == {f"A{i}" for i in range(7)}
+
+
+@pytest.mark.parametrize("row", [row for row, columns in SIMDISTILL.items() if set(columns[1:6]) != {"-"}])
+def test_the_weights_are_those_of_the_released_code(row: str) -> None:
+    for term in PARAMS.variants[ROWS[row]].terms.values():
+        masked = term["mask"]["kind"] == "gt_gauss"
+        assert term["weight"] == (0.25 if term["student"] == "head" else 100.0 if masked else 1.0)
+        assert term.get("normalise") is (None if term["student"] == "head" else False)
+        if term["distance"] == "sl1":
+            assert term["beta"] == pytest.approx(1 / 9, abs=1e-4)
+            assert term["code_weights"] == [1, 1, 1, 1, 1, 1, 1, 1, 0.2, 0.2]
+
+
+def compensation_weights(config: dict[str, Any] | None, channels: int) -> int:
+    """Of a compensation, by hand."""
+    if config is None:
+        return 0
+    square = channels * channels
+    if config["kind"] == "conv":
+        return 2 * (9 * square + channels)
+    if config["kind"] == "deform_conv":  # each with a convolution that says where its nine taps read
+        return 2 * (9 * square + 18 * (9 * channels + 1))
+    points = config["heads"] * config["points"]  # of each two offsets and a share
+    position = channels // 2 * sum(config.get("position") or ())
+    return 2 * (square + channels) + 3 * points * (channels + 1) + position
+
+
+@pytest.mark.parametrize("row", SIMDISTILL)
+def test_a_row_has_no_more_weights_than_its_branches_and_compensations(row: str) -> None:
+    plain, model = build_detector(PARAMS.student(ROWS["B0"]).model), PARAMS.student(ROWS[row]).model
+    channels, pixels = plain.tap_channels["bev_lift"], plain.tap_channels["pv"]
+    lift = sum(p.numel() for p in plain.get_submodule("lift").parameters())
+    fused = model.get("fused_channels", 0)
+    assert fused in (0, channels)  # the BEV encoder's input is as wide with the fuser as without it
+    fuser = 9 * 2 * channels * fused + 2 * fused
+    expected = sum(p.numel() for p in plain.parameters()) + (lift + fuser if SIMDISTILL[row][0] == "x" else 0)
+    expected += compensation_weights(model.get("image_compensation"), pixels)
+    expected += compensation_weights(model.get("bev_compensation"), channels)
+    assert sum(p.numel() for p in build_detector(model).parameters()) == expected
+
+
+def test_learned_positions_are_those_of_the_image_features() -> None:
+    models = [PARAMS.student(name).model for name in PARAMS.variants]
+    learned = [model for model in models if "position" in (model.get("image_compensation") or {})]
+    assert learned
+    for model in learned:
+        sides = [side // model["stride"] for side in PARAMS.input.image.size]
+        assert model["image_compensation"]["position"] == sides

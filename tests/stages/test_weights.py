@@ -1,4 +1,4 @@
-"""A student can start from published weights, and from no others than those that were meant."""
+"""A model can start from published weights, whole or in part, and from no others than those that were meant."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
 
-from models.detector import build_detector
+from models.detector import Detector, build_detector
 from pipeline.params import load_params
 from pipeline.stage import StageError
-from stages.weights import WEIGHTS, save_detector, start_from
+from stages.weights import WEIGHTS, save_detector, start_from, start_in_part
+from tests.models.factory import COMPENSATION, camera_config, fusion_config, lidar_config, simulated_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +60,106 @@ def test_a_missing_file_and_another_model_are_refused(published: tuple[Path, str
         start_from(build_detector(wider), folder, checksum)
     with pytest.raises(StageError, match="has no readable weights"):
         start_from(build_detector(config), folder / "nowhere", checksum)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Published detectors of three kinds, none trained."""
+    configs = {"camera": camera_config(), "lidar": lidar_config(), "fusion": fusion_config()}
+    folders = {}
+    for seed, (name, config) in enumerate(configs.items(), start=10):
+        torch.manual_seed(seed)
+        folders[name] = tmp_path_factory.mktemp("published") / name
+        save_detector(folders[name], config, build_detector(config).state_dict())
+    return folders
+
+
+def copies(detector: Detector) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in detector.state_dict().items()}
+
+
+def sources(detector: Detector, folder: Path, places: dict[str, str]) -> dict[str, str]:
+    """What a detector's weights should come from: by name the name there, where a place's module has such a shape."""
+    given = load_file(folder / WEIGHTS)
+    found = {name: module + name.removeprefix(place) for place, module in places.items()
+             for name in detector.state_dict() if name.startswith(f"{place}.")}  # fmt: skip
+    own = detector.state_dict()
+    return {name: there for name, there in found.items() if there in given and given[there].shape == own[name].shape}
+
+
+@pytest.mark.parametrize(
+    ("part", "only", "config", "places", "new"),
+    [
+        ("camera", ["images", "lift"], fusion_config(), {"images": "images", "lift": "lift"},
+         {"lidar", "fuser", "bev_backbone", "bev_neck", "head"}),
+        # Of the decoder all but what sees a map of another width.
+        ("lidar", None, fusion_config(),
+         {"lidar.encoder": "encoder", "lidar.stage": "backbone", "bev_backbone": "backbone", "bev_neck": "neck",
+          "head": "head"}, {"images", "lift", "fuser", "bev_backbone"}),
+        ("camera", ["images", "lift"], simulated_config(**COMPENSATION),
+         {"images": "images", "camera_lift": "lift", "simulated_lift": "lift"},
+         {"image_compensation", "bev_compensation", "fuser", "bev_backbone", "bev_neck", "head"}),
+        ("fusion", ["bev_backbone", "bev_neck", "head"], simulated_config(),
+         {name: name for name in ("bev_backbone", "bev_neck", "head")},
+         {"images", "camera_lift", "simulated_lift", "fuser"}),
+        ("camera", ["images", "lift"], camera_config(), {"images": "images", "lift": "lift"},
+         {"bev_backbone", "bev_neck", "head"}),
+    ],
+)  # fmt: skip
+def test_parts_take_the_weights_of_their_modules_and_the_rest_stays(
+    parts: dict[str, Path], part: str, only: list[str] | None, config: dict[str, Any], places: dict[str, str],
+    new: set[str],
+) -> None:  # fmt: skip
+    detector = build_detector(config)
+    before, given = copies(detector), load_file(parts[part] / WEIGHTS)
+    filled = start_in_part(detector, parts[part], only)
+    expected = sources(detector, parts[part], places)
+    assert filled == expected.keys()
+    assert filled
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, given[expected[name]] if name in expected else before[name]), name
+    assert {name.partition(".")[0] for name in before.keys() - filled} == new
+    moved = {name.partition(".")[0] for name in filled if not torch.equal(before[name], detector.state_dict()[name])}
+    assert moved == {place.partition(".")[0] for place in places}  # drawn anew it is not what was published
+
+
+def test_a_part_leaves_out_what_has_another_shape(parts: dict[str, Path]) -> None:
+    filled = start_in_part(build_detector(fusion_config()), parts["lidar"])
+    decoder = {name for name in build_detector(fusion_config()).state_dict() if name.startswith("bev_backbone.")}
+    assert decoder - filled == {"bev_backbone.blocks.0.0.weight"}
+    student = build_detector(simulated_config())
+    assert start_in_part(student, parts["fusion"], ["fuser"]) == {
+        f"fuser.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["images", "lifts"], "nothing of module 'lifts' fits the SimulatedFusion; it has bev_backbone, .*, lift$"),
+        (["camera_lift"], "nothing of module 'camera_lift' fits the SimulatedFusion"),
+        (["images", ""], "nothing of module '' fits"),
+    ],
+)  # fmt: skip
+def test_unknown_modules_are_named_and_nothing_is_set(parts: dict[str, Path], only: list[str], message: str) -> None:
+    student = build_detector(simulated_config())
+    before = copies(student)
+    with pytest.raises(StageError, match=message) as caught:
+        start_in_part(student, parts["camera"], only)
+    assert str(parts["camera"] / WEIGHTS) in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_parts_that_do_not_fit_are_named(parts: dict[str, Path], tmp_path: Path) -> None:
+    student = build_detector(simulated_config())
+    odd = {"images.backbone.conv1.weight": torch.zeros(3), "other.weight": torch.zeros(2)}
+    save_detector(tmp_path / "odd", {}, odd)
+    with pytest.raises(StageError, match="nothing of module 'images' fits the SimulatedFusion; it has images, other"):
+        start_in_part(student, tmp_path / "odd", ["images"])
+    with pytest.raises(StageError, match=r"odd/model\.safetensors: no weight of it fits the SimulatedFusion"):
+        start_in_part(student, tmp_path / "odd")
+    with pytest.raises(StageError, match=r"the start .*nowhere has no readable weights .*give a published model"):
+        start_in_part(student, tmp_path / "nowhere", ["images"])
+    (tmp_path / "odd" / WEIGHTS).write_bytes((parts["camera"] / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(StageError, match="odd has no readable weights"):
+        start_in_part(student, tmp_path / "odd", ["images"])
