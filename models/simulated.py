@@ -11,6 +11,7 @@ from collections.abc import Collection
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
@@ -57,9 +58,10 @@ class SimulatedFusion(CameraDetector):
         channels = self.camera_lift.channels
         self.fuser = ConvFuser(2 * channels, fused_channels)
         self.build_bev(fused_channels, bev_backbone, bev_neck, head)
-        # Last, so that a student without compensation begins with the same weights.
-        self.image_compensation = compensation(self.images.channels, image_compensation)
-        self.bev_compensation = compensation(channels, bev_compensation)
+        # Beside the stream of random numbers, so that a student without compensation begins with the same weights.
+        with torch.random.fork_rng(devices=[]):
+            self.image_compensation = compensation(self.images.channels, image_compensation)
+            self.bev_compensation = compensation(channels, bev_compensation)
         lifts = ("bev_lift_camera", "bev_lift_simulated", "bev_lift_uncompensated")
         self.tap_channels |= dict.fromkeys(lifts, channels)
 

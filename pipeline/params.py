@@ -416,10 +416,11 @@ class Params(Section):
                 continue
             if not store.cached:
                 yield f"study.stores: all taps of {name!r} are online, so there is nothing to extract: leave it out"
-            section = "segmenters" if store.teacher in self.segmenters else "teachers"
-            listed = self.study.segmenters if section == "segmenters" else self.study.detectors
-            if store.teacher not in listed:
-                yield f"study.stores: {name!r} needs teacher {store.teacher!r} in study.{section} {listed}"
+            study = self.study
+            if store.teacher not in (*study.detectors, *study.segmenters):
+                boxes = f"study.teachers {study.teachers} or study.fusions {study.fusions}"
+                place = f"study.segmenters {study.segmenters}" if store.teacher in self.segmenters else boxes
+                yield f"study.stores: {name!r} needs teacher {store.teacher!r} in {place}"
 
     def _bad_variants(self) -> Iterable[str]:
         for name, variant in self.variants.items():
@@ -460,7 +461,10 @@ class Params(Section):
         if store.taps[tap].cached and name not in stores:
             yield f"{where}: '{name}.{tap}' needs store {name!r} in study.stores {stores}"
         elif not store.taps[tap].cached and store.teacher not in teachers:
-            yield f"{where}: '{name}.{tap}' is online and needs teacher {store.teacher!r} in study.teachers {teachers}"
+            yield (
+                f"{where}: '{name}.{tap}' is online and needs teacher {store.teacher!r} in study.teachers "
+                f"{self.study.teachers} or study.fusions {self.study.fusions}"
+            )
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:

@@ -94,7 +94,7 @@ def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None
         Names of the weights that were set.
 
     Raises:
-        StageError: the file is not readable, has no such module, or nothing of one fits.
+        StageError: the file is not readable, has no module of `only` or one that does not fit whole, or nothing fits.
     """
     path = folder / WEIGHTS
     try:
@@ -113,6 +113,8 @@ def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None
         if only is not None and not fits:
             known = ", ".join(sorted({name.partition(".")[0] for name in weights}))
             raise StageError(f"{path}: nothing of module {module!r} fits the {type(detector).__name__}; it has {known}")
+        if only is not None and (others := found.keys() - fits.keys()):
+            raise StageError(f"{path}: module {module!r} fits the {type(detector).__name__} but for {_some(others)}")
         chosen |= fits
     if not chosen:
         raise StageError(f"{path}: no weight of it fits the {type(detector).__name__}")
@@ -164,6 +166,6 @@ def _check_shapes(source: Path, expected: Mapping[str, Tensor], weights: Mapping
         raise StageError(f"{source} does not fit the model: {'; '.join(wrong[:10])}")
 
 
-def _some(names: set[str], most: int = 10) -> str:
+def _some(names: Collection[str], most: int = 10) -> str:
     listed = ", ".join(sorted(names)[:most]) or "nothing"
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed

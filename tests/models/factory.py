@@ -128,8 +128,10 @@ def fusion_config(**changes: Any) -> dict[str, Any]:
     return camera_config(type="BEVFusion", lidar={**lidar, "stage": stage, "channels": 16}, fused_channels=16) | changes
 
 
-COMPENSATION = {"image_compensation": {"heads": 4, "points": 3, "position": [4, 8]},
-                "bev_compensation": {"heads": 4, "points": 5}}
+COMPENSATION: dict[str, dict[str, Any]] = {
+    "image_compensation": {"heads": 4, "points": 3, "position": [4, 8]},
+    "bev_compensation": {"heads": 4, "points": 5},
+}
 """Of a simulated fusion student, in both planes."""
 
 

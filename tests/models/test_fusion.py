@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.ops import DeformConv2d, MultiScaleDeformableAttention
-from torch import nn
 
 from models.deformable import GeometryCompensation
 from models.detector import Detector, build_detector
@@ -54,13 +53,12 @@ def test_lidar_in_the_camera_branch_would_be_seen(sensed: str) -> None:
 def test_the_fuser_is_a_convolution_of_both_maps() -> None:
     torch.manual_seed(0)
     fuser = ConvFuser(5, 4).eval()
-    nn.init.uniform_(fuser.norm.running_mean)
-    nn.init.uniform_(fuser.norm.running_var, 0.5, 2.0)
+    mean, variance = torch.rand(4), torch.rand(4) + 0.5
+    fuser.norm.load_state_dict({**fuser.norm.state_dict(), "running_mean": mean, "running_var": variance})
     first, second = torch.randn(2, 2, 8, 8), torch.randn(2, 3, 8, 8)
     weight = fuser.conv.weight
     summed = F.conv2d(first, weight[:, :2], padding=1) + F.conv2d(second, weight[:, 2:], padding=1)
-    scale = (fuser.norm.running_var + fuser.norm.eps).rsqrt()
-    expected = ((summed - fuser.norm.running_mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)).clamp(min=0)
+    expected = ((summed - mean.view(-1, 1, 1)) / (variance + fuser.norm.eps).sqrt().view(-1, 1, 1)).clamp(min=0)
     torch.testing.assert_close(fuser(first, second), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -235,7 +235,7 @@ def test_what_the_student_has_beyond_the_plain_detector() -> None:
     assert weights_of(bare()) == two_branches
     pixels = plain.tap_channels["pv"]
     image, bev = COMPENSATION["image_compensation"], COMPENSATION["bev_compensation"]
-    position = pixels // 2 * sum(image["position"])  # type: ignore[call-overload]
+    position = pixels // 2 * sum(image["position"])
     attentions = attention_weights(pixels, 4, 3) + attention_weights(CHANNELS, 4, 5)
     assert bev == {"heads": 4, "points": 5}
     assert weights_of(student()) == two_branches + attentions + position

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
 
-from pipeline.params import ParamsError, flatten, load_params, merge, split_key
+from pipeline.params import Params, ParamsError, flatten, load_params, merge, split_key
 from tests.pipeline.project import REMOVED, ROOT, params_text
 
 
@@ -90,39 +93,7 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             {"students__camera__start": {"teacher": "fusion"}},
             ["variants.baseline", "'fusion'", "study.teachers ['lidar', 'start'] and study.fusions [] lack"],
         ),
-        (
-            {"students__camera__start": [{"teacher": "start", "only": ["images"]}, {"teacher": "fusoin"}]},
-            ["students.camera.start.teacher: 'fusoin'", "did you mean 'fusion'"],
-        ),
-        ({"students__camera__start": {"teacher": "start", "parts": ["lift"]}}, ["students.camera.start", "parts"]),
-        ({"study__fusions": ["fusoin"]}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
-        ({"study__fusions": ["fusion", "fusion"]}, ["study.fusions: 'fusion' is listed more than once"]),
-        (
-            {"study__fusions": ["fusion", "lidar"]},
-            ["study.fusions: ['lidar'] are in study.teachers too", "in one step or in two"],
-        ),
-        ({"study__fusions": REMOVED}, ["study.fusions: missing"]),
-        ({"study__parts": {"lidar": "lidar"}}, ["study.parts.camera: missing"]),
-        ({"study__parts__radar": "lidar"}, ["study.parts.radar: unknown key", "allowed: lidar, camera"]),
-        (
-            {"study__parts__camera": "stert", "study__fusions": ["fusion"]},
-            ["study.parts.camera: study.fusions need 'stert' in study.teachers ['lidar', 'start']"],
-        ),
-        (
-            {"study__teachers": ["start"], "study__stores": [], "study__fusions": ["fusion"]},
-            ["study.parts.lidar: study.fusions need 'lidar' in study.teachers ['start']"],
-        ),
-        ({"study__featured": ["simdistil"]}, ["study.featured: 'simdistil' is unknown", "allowed: baseline, xod"]),
-        ({"study__featured": ["simdistill"]}, ["study.featured: 'simdistill' is unknown", "allowed: baseline, xod"]),
-        ({"study__stores": ["lidar", "fusion"]}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
-        (
-            {"study__variants": ["imd"], "study__fusions": ["fusion"]},
-            ["variants.imd.terms.imd.teacher: 'fusion.bev_lift_camera' needs store 'fusion' in study.stores ['lidar']"],
-        ),
-        (
-            {"variants__baseline__terms": {"cls": BOXES | {"teacher": "fusion-online.head"}}},
-            ["variants.baseline.terms.cls.teacher: 'fusion-online.head' is online", "needs teacher 'fusion' in study."],
-        ),
+        ({"study__parts": {"lidar": "lidar"}, "study__fusions": REMOVED}, ["camera: missing", "fusions: missing"]),
         ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
         ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
         ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
@@ -192,28 +163,91 @@ def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
     assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
 
 
-def test_fusion_teachers_count_as_teachers_and_parts_are_theirs_alone(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    whole = {"study__fusions": ["fusion"], "study__stores": ["lidar", "fusion"], "study__featured": ["imd"]}
-    path.write_text(params_text(**whole, study__variants=["baseline", "imd"]))
-    assert load_params(path).study.detectors == ["lidar", "start", "fusion"]
-    online = {"variants__baseline__terms": {"cls": BOXES | {"teacher": "fusion-online.head"}}}
-    path.write_text(params_text(study__fusions=["fusion"], **online))
-    assert load_params(path).stores["fusion-online"].cached == {}
-    path.write_text(params_text(study__parts={"lidar": "none", "camera": "none"}))  # without fusion teachers unread
-    assert load_params(path).study.fusions == []
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    """The repository's params.yaml with one teacher of each part and no fusion teacher in its study, parsed once."""
+    return YAML(typ="safe", pure=True).load(params_text())
 
 
-def test_a_student_starts_from_one_teacher_or_several(tmp_path: Path) -> None:
-    path, start = tmp_path / "params.yaml", {"teacher": "start", "only": ["images"]}
-    for given, teachers in (
-        (start, ["start"]),
-        ([start, {"teacher": "lidar", "only": ["head"]}], ["start", "lidar"]),
-        (None, []),
+CAMERA_START = [{"teacher": "start", "only": ["images"]}, {"teacher": "fusoin"}]
+OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"study": {"fusions": ["fusoin"]}}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
+        ({"study": {"fusions": ["fusion", "fusion"]}}, ["study.fusions: 'fusion' is listed more than once"]),
+        (
+            {"study": {"fusions": ["fusion", "lidar"]}},
+            ["study.fusions: ['lidar'] are in study.teachers too", "in one step or in two"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "parts": {"camera": "stert"}}},
+            ["study.parts.camera: study.fusions need 'stert' in study.teachers ['lidar', 'start']"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "teachers": ["start"]}},
+            ["study.parts.lidar: study.fusions need 'lidar' in study.teachers ['start']"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "parts": {"lidar": "fusion"}}},
+            ["study.parts.lidar: study.fusions need 'fusion' in study.teachers ['lidar', 'start']"],
+        ),
+        ({"study": {"featured": ["xid"]}}, ["study.featured: 'xid' is unknown; did you mean 'xod'?"]),
+        ({"study": {"featured": ["simdistill"]}}, ["'simdistill' is unknown; allowed: baseline, xod"]),
+        ({"study": {"stores": ["lidar", "fusion"]}}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
+        (
+            {"study": {"variants": ["imd"], "fusions": ["fusion"]}},
+            ["variants.imd.terms.imd.teacher: 'fusion.bev_lift_camera' needs store 'fusion' in study.stores ['lidar']"],
+        ),
+        (
+            {"variants": {"baseline": {"terms": OF_FUSION}}},
+            ["variants.baseline.terms.cls.teacher: 'fusion-online.head' is online", "needs teacher 'fusion' in study."],
+        ),
+        (
+            {"study": {"variants": ["imd"]}},
+            ["variants.imd: its student starts from teacher 'fusion', which study.teachers ['lidar', 'start'] and "
+             "study.fusions [] lack"],
+        ),
+        (
+            {"students": {"camera": {"start": CAMERA_START}}},
+            ["students.camera.start.teacher: 'fusoin' is unknown; did you mean 'fusion'?"],
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_about_fusion_teachers_are_named(
+    values: dict[str, Any], changes: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        Params.model_validate(merge(values, changes))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_fusion_teachers_count_as_teachers_and_parts_are_theirs_alone(values: dict[str, Any]) -> None:
+    study = {"fusions": ["fusion"], "stores": ["lidar", "fusion"], "variants": ["imd"], "featured": ["imd"]}
+    assert Params.model_validate(merge(values, {"study": study})).study.detectors == ["lidar", "start", "fusion"]
+    online = {"study": {"fusions": ["fusion"]}, "variants": {"baseline": {"terms": OF_FUSION}}}
+    assert Params.model_validate(merge(values, online)).stores["fusion-online"].cached == {}
+    absent = {"parts": {"lidar": "none", "camera": "none"}}  # nobody reads them
+    assert Params.model_validate(merge(values, {"study": absent})).study.fusions == []
+
+
+@pytest.mark.parametrize(
+    ("start", "teachers"),
+    [
+        ({"teacher": "start", "only": ["images"]}, ["start"]),
+        ([{"teacher": "start"}, {"teacher": "lidar", "only": ["head"]}], ["start", "lidar"]),
         ({"folder": "outputs/teachers/start", "checksum": "0"}, []),
-    ):
-        path.write_text(params_text(students__camera__start=given))
-        assert [each.teacher for each in load_params(path).students["camera"].starts] == teachers
+        (None, []),
+    ],
+)
+def test_a_student_starts_from_teachers_or_a_folder_or_nothing(
+    values: dict[str, Any], start: Any, teachers: list[str]
+) -> None:
+    values = copy.deepcopy(values)
+    values["students"]["camera"]["start"] = start
+    assert [each.teacher for each in Params.model_validate(values).students["camera"].starts] == teachers
 
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:

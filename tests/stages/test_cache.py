@@ -135,10 +135,11 @@ def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(city, root / "outputs/city")
     project = Project(root)
     plain = {"student": "camera", "terms": {}}
+    study = {"teachers": ["lidar", "start"], "fusions": [], "segmenters": [], "stores": ["lidar"]}
     project.write(
         project.params
         | {"stores": STORES, "variants": {"plain": plain}}
-        | {"study": {"teachers": ["lidar"], "segmenters": [], "stores": ["lidar"], "variants": ["plain"], "seeds": [0]}}
+        | {"study": project.params["study"] | study | {"variants": ["plain"], "featured": [], "seeds": [0]}}
     )
     project.set(
         data={"splits": {"train": "val", "val": "val"}},  # of the tiny city, the split with more keyframes

@@ -60,7 +60,7 @@ def project(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context_of(project: Path, params: Params, name: str, key: str) -> StageContext:
-    outs = (f"outputs/{name}/{key}", f"outputs/predictions/{key}", f"reports/metrics/{key}.json")
+    outs = (f"outputs/predictions/{name}/{key}", f"outputs/predictions/{key}", f"reports/metrics/{key}.json")
     scratch = project / ".scratch" / f"{name}-{key}"
     scratch.mkdir(parents=True, exist_ok=True)
     return StageContext(
