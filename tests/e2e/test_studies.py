@@ -24,11 +24,12 @@ def test_study_runs_all_its_rows(project: Project, study: str) -> None:
 
 
 def check_table(root: Path) -> None:
-    """Every variant of the study has its line, with the row of the paper where it has one."""
+    """Every variant has its line of metrics, with the row of the paper where it has one, and its line of costs."""
     params = load_params(root / "params.yaml")
     lines = (root / "reports/table.md").read_text().splitlines()
     for variant in params.study.variants:
-        [line] = [line for line in lines if line.startswith((f"| {variant} |", f"| {variant} ("))]
+        line, cost = [line for line in lines if line.startswith((f"| {variant} |", f"| {variant} ("))]
         assert (params.variants[variant].row or "") in line
+        assert "×" in cost
         metrics = json.loads((root / f"reports/metrics/{variant}-0.json").read_text())
         assert f"| {metrics['mAP']:.3f}" in line
