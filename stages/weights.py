@@ -67,19 +67,7 @@ def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
     Raises:
         StageError: the file is missing or broken, is another one, or does not fit.
     """
-    path = folder / WEIGHTS
-    try:
-        content = path.read_bytes()
-        found = checksum_of(content)
-        if checksum not in (None, found):
-            raise StageError(
-                f"the start {path} has checksum {found}, params.yaml says {checksum}: "
-                "put back the file that was meant, or write the new checksum"
-            )
-        weights = load(content)
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
-    fill(model, weights, path)
+    fill(model, _weights_of_start(folder, checksum), folder / WEIGHTS)
 
 
 def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None = None) -> set[str]:
@@ -96,11 +84,7 @@ def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None
     Raises:
         StageError: the file is not readable, has no module of `only` or one that does not fit whole, or nothing fits.
     """
-    path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
+    path, weights = folder / WEIGHTS, _weights_of_start(folder, None)
     own, chosen = detector.state_dict(), dict[str, Tensor]()
     for module in only or sorted({name.partition(".")[0] for name in weights}):
         found = {
@@ -142,6 +126,22 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     _check_names(source, set(expected) - set(weights), set(weights) - set(expected))
     _check_shapes(source, expected, weights)
     model.load_state_dict(weights)
+
+
+def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
+    """The weights of a published model, by name; a file with another checksum is refused."""
+    path = folder / WEIGHTS
+    try:
+        content = path.read_bytes()
+        found = checksum_of(content)
+        if checksum not in (None, found):
+            raise StageError(
+                f"the start {path} has checksum {found}, params.yaml says {checksum}: "
+                "put back the file that was meant, or write the new checksum"
+            )
+        return load(content)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
 
 
 def _without_checkpoints(config: Any) -> Any:

@@ -17,7 +17,7 @@ from pipeline.report.features import features as features_of
 from pipeline.report.fusions import fusions as fusions_of
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
-from pipeline.report.results import UNITS, Arm, ReportError, Study, load_study
+from pipeline.report.results import UNITS, Arm, Study, load_study, read_published
 from pipeline.report.search import rounded, summary
 from pipeline.report.search import search as read_search
 from pipeline.report.segmenters import METRICS
@@ -176,7 +176,4 @@ def _details(study: Study, predictions: Path) -> dict[str, Any]:
 
 def _read_details(predictions: Path, arm: Arm) -> Any:
     path = predictions / arm.first_key / "metrics_details.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: run `dvc repro {arm.stage}@{arm.first_key}`") from None
+    return read_published(path, f"run `dvc repro {arm.stage}@{arm.first_key}`")

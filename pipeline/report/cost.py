@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.results import Arm, ReportError, Study
+from pipeline.report.results import Arm, ReportError, Study, read_published
 from pipeline.report.tables import Table
 
 COMMAND = "run `dvc repro cost`"
@@ -32,16 +31,12 @@ def read_costs(path: Path, study: Study) -> Costs:
     Raises:
         ReportError: the file is missing, broken, or knows not all arms; names it and what to run.
     """
+    content = read_published(path, COMMAND)
     try:
-        content = json.loads(path.read_text())
         found = {arm.first_key: content[_section(arm)][arm.name] for arm in study.arms}
         base = found[study.baseline.first_key]
         rows = [_row(arm, found[arm.first_key], base) for arm in study.arms]
         note = _note(content)
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: {COMMAND}") from None
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON ({error}): {COMMAND}") from None
     except (KeyError, TypeError) as error:
         raise ReportError(f"{path} does not fit the study ({error!r}): {COMMAND}") from None
     heads = [head for name, _, _ in QUANTITIES.values() for head in (name, "of baseline")]

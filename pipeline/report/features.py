@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.report.pictures import picture_uri
-from pipeline.report.results import ReportError
+from pipeline.report.results import read_published
 from pipeline.report.statistics import Interval, mean_interval, paired_difference
 
 PICTURE_WIDTH = 1320  # pixels on the page
@@ -54,7 +52,11 @@ def features(folder: Path, variants: Sequence[str], seeds: Sequence[int], count:
 
 
 def _features(folder: Path, variant: str, seeds: Sequence[int], count: int) -> Features:
-    runs = {seed: _read(folder, f"{variant}-{seed}") for seed in seeds}
+    keys = {seed: f"{variant}-{seed}" for seed in seeds}
+    runs = {
+        seed: read_published(folder / key / "features.json", f"run `dvc repro features@{key}`", REQUIRED)
+        for seed, key in keys.items()
+    }
     before, after = ({seed: run["mean"][when] for seed, run in runs.items()} for when in ("before", "after"))
     first, place = runs[seeds[0]], folder / f"{variant}-{seeds[0]}"
     return Features(
@@ -68,16 +70,3 @@ def _features(folder: Path, variant: str, seeds: Sequence[int], count: int) -> F
             for entry in first["keyframes"][:count]
         ],
     )
-
-
-def _read(folder: Path, key: str) -> Any:
-    path, command = folder / key / "features.json", f"run `dvc repro features@{key}`"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: {command}") from None
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON ({error}): {command}") from None
-    if missing := [name for name in REQUIRED if name not in content]:
-        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version; {command}")
-    return content

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from pipeline.report.results import Arm, ReportError, Study
+from pipeline.report.results import Arm, ReportError, Study, read_published
 
 QUALITY = 80
 VIEWS = {"bev": 560, "cameras": 1320}  # view -> greatest width in pixels on the page
@@ -61,11 +60,9 @@ def gallery(study: Study, predictions: Path, count: int) -> Gallery:
 
 
 def _manifest(folder: Path, arm: Arm) -> dict[str, Any]:
-    path = folder / "pictures.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: run `dvc repro {arm.stage}@{arm.first_key}`") from None
+    manifest: dict[str, Any] = read_published(
+        folder / "pictures.json", f"run `dvc repro {arm.stage}@{arm.first_key}`"
+    )
     return manifest
 
 

@@ -105,17 +105,34 @@ class Study:
         return paired_difference(arm.values(metric), self.baseline.values(metric))
 
 
-def _read(folder: Path, key: str, stage: str) -> dict[str, Any]:
-    path = folder / f"{key}.json"
-    target = f"run `dvc repro {stage}@{key}`"
+def read_published(path: Path, command: str, required: Sequence[str] = (), or_else: str = "") -> Any:
+    """A JSON file that a stage published.
+
+    Args:
+        path: of the file.
+        command: what to run where it cannot be read.
+        required: keys that it must have.
+        or_else: what may be done instead where it is missing, behind the command.
+
+    Raises:
+        ReportError: it is missing, not JSON or lacks a key; names it and the command.
+    """
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ReportError(f"{path} is missing: {target}, or take {key!r} out of `study` in params.yaml") from None
+        raise ReportError(f"{path} is missing: {command}{or_else}") from None
     except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON ({error}): {target}") from None
-    if missing := [name for name in REQUIRED if name not in metrics]:
-        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version; {target}")
+        raise ReportError(f"{path} is not JSON ({error}): {command}") from None
+    if missing := [name for name in required if name not in content]:
+        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version; {command}")
+    return content
+
+
+def _read(folder: Path, key: str, stage: str) -> dict[str, Any]:
+    or_else = f", or take {key!r} out of `study` in params.yaml"
+    metrics: dict[str, Any] = read_published(
+        folder / f"{key}.json", f"run `dvc repro {stage}@{key}`", REQUIRED, or_else
+    )
     return metrics
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.report.pictures import picture_uri
-from pipeline.report.results import ReportError
+from pipeline.report.results import ReportError, read_published
 from pipeline.report.statistics import Interval
 from pipeline.report.tables import number
 
@@ -52,7 +50,7 @@ def segmenters(metrics: Path, predictions: Path, names: Sequence[str], count: in
 
 def _segmenter(metrics: Path, predictions: Path, name: str, count: int) -> Segmenter:
     path = metrics / f"{name}.json"
-    content, manifest = _read(path, name), _read(predictions / "pictures.json", name)
+    content, manifest = (read_published(file, _command(name)) for file in (path, predictions / "pictures.json"))
     if missing := [key for key in REQUIRED if key not in content]:
         raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version: {_command(name)}")
     overlays = [
@@ -70,15 +68,6 @@ def _segmenter(metrics: Path, predictions: Path, name: str, count: int) -> Segme
         ],
         overlays,
     )
-
-
-def _read(path: Path, name: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: {_command(name)}") from None
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path} is not JSON ({error}): {_command(name)}") from None
 
 
 def _command(name: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.results import ReportError
+from pipeline.report.results import read_published
 from pipeline.report.tables import DASH
 
 UNITS = ("B", "kB", "MB", "GB")
@@ -52,11 +51,7 @@ def readable(size: float) -> str:
 
 
 def _read(cards: Path, store: str) -> Any:
-    path = cards / f"{store}.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path} is missing: run `dvc repro extract@{store}`") from None
+    return read_published(cards / f"{store}.json", f"run `dvc repro extract@{store}`")
 
 
 def _row(store: str, tap: str, entry: Mapping[str, Any]) -> StoredTap:
