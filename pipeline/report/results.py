@@ -124,7 +124,7 @@ def read_published(path: Path, command: str, required: Sequence[str] = (), or_el
     except json.JSONDecodeError as error:
         raise ReportError(f"{path} is not JSON ({error}): {command}") from None
     if missing := [name for name in required if name not in content]:
-        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version; {command}")
+        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version: {command}")
     return content
 
 

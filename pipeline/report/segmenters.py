@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.report.pictures import picture_uri
-from pipeline.report.results import ReportError, read_published
+from pipeline.report.results import read_published
 from pipeline.report.statistics import Interval
 from pipeline.report.tables import number
 
@@ -49,10 +49,9 @@ def segmenters(metrics: Path, predictions: Path, names: Sequence[str], count: in
 
 
 def _segmenter(metrics: Path, predictions: Path, name: str, count: int) -> Segmenter:
-    path = metrics / f"{name}.json"
-    content, manifest = (read_published(file, _command(name)) for file in (path, predictions / "pictures.json"))
-    if missing := [key for key in REQUIRED if key not in content]:
-        raise ReportError(f"{path} lacks {', '.join(missing)}: it is of another version: {_command(name)}")
+    command = f"run `dvc repro evaluate_segmenter@{name}`"
+    content = read_published(metrics / f"{name}.json", command, REQUIRED)
+    manifest = read_published(predictions / "pictures.json", command)
     overlays = [
         Overlay(Path(entry["image"]).name, *picture_uri(predictions / entry["file"], PICTURE_WIDTH))
         for entry in manifest["images"][:count]
@@ -68,10 +67,6 @@ def _segmenter(metrics: Path, predictions: Path, name: str, count: int) -> Segme
         ],
         overlays,
     )
-
-
-def _command(name: str) -> str:
-    return f"run `dvc repro evaluate_segmenter@{name}`"
 
 
 def _text(value: float | None) -> str:

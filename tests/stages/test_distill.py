@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.index import Index
 from data.store import StaleStoreError, Store, StoreError
@@ -36,6 +35,7 @@ from stages.distill import (
 )
 from stages.weights import checksum_of, save_detector
 from tests.models.factory import GRID, camera_config, fusion_config, simulated_config
+from tests.stages.tasks import task_of
 from tests.stages.untrained import make_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,14 +119,8 @@ def configs(store: str, *kinds: str) -> dict[str, TermConfig]:
 def set_up(root: Path, params: Params, store: str, *kinds: str) -> tuple[Distillation, list[Any]]:
     """The task of a variant on one student, and the batches of an epoch."""
     context, terms = context_of(root, params, "distill", "x-0"), configs(store, *kinds)
-    sources = open_sources(context, terms)
-    statistics = tap_statistics(context, sources)
     torch.manual_seed(1)
-    student = build_detector(camera_config())
-    task = Distillation(student, make_recipe(student, terms, statistics), sources)
-    dataset, collate = taught(samples_of(context, student, sources, seed=0), task.recipe, sources)
-    keys = [(0, i, i) for i in range(SAMPLES)]
-    return task, list(DataLoader(dataset, 2, sampler=keys, collate_fn=collate))  # type: ignore[arg-type]
+    return task_of(context, build_detector(camera_config()), terms, SAMPLES)
 
 
 def losses(root: Path, params: Params, store: str, *kinds: str) -> Tensor:

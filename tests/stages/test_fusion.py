@@ -21,23 +21,16 @@ from models.distill import Outcome, TermConfig
 from models.distill.features import MapTerm
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
-from pipeline.seeding import MODEL, RECIPE, seed_everything
+from pipeline.seeding import MODEL, seed_everything
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import distill, extract, fusion
-from stages.distill import (
-    Distillation,
-    make_recipe,
-    open_sources,
-    samples_of,
-    start_as_set,
-    tap_statistics,
-    taught,
-)
+from stages.distill import Distillation, start_as_set
 from stages.fusion import start_from_parts
 from stages.inputs import plain_dataset
 from stages.weights import load_detector, save_detector
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
+from tests.stages.tasks import task_of
 from tests.stages.untrained import TEACHER, make_root
 
 PARAMS = read_yaml(Path(__file__).resolve().parents[2] / "params.yaml")
@@ -183,14 +176,7 @@ def set_up(root: Path, variant: str, **more: dict[str, Any]) -> tuple[Distillati
     context = context_of(root, "distill", f"{variant}-0")
     terms = context.params.variants[variant].terms | more
     configs = {name: TermConfig(**term) for name, term in terms.items()}
-    student = new_student(context, variant)
-    sources = open_sources(context, configs, student.targets)
-    statistics = tap_statistics(context, sources)
-    seed_everything(RECIPE, 0)
-    task = Distillation(student, make_recipe(student, configs, statistics), sources)
-    dataset, collate = taught(samples_of(context, student, sources, seed=0), task.recipe, sources)
-    keys = [(0, i, i) for i in range(SAMPLES)]
-    return task, list(DataLoader(dataset, 2, sampler=keys, collate_fn=collate))
+    return task_of(context, new_student(context, variant), configs, SAMPLES)
 
 
 def test_cached_and_online_targets_are_equal_without_augmentation(root: Path) -> None:
