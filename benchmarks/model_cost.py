@@ -33,6 +33,7 @@ from benchmarks.charts import machine
 from data.batch import Batch, collate
 from data.classes import CLASSES
 from data.instances import ImageInstances
+from models.bevformer import BEVFormer
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
 from models.segmenter import build_segmenter
@@ -113,11 +114,14 @@ class Kept:
 
 
 class Bench:
-    """A variant's student and recipe with a sample."""
+    """A variant's student and recipe, or a teacher alone, with a sample."""
 
     def __init__(self, params: Params, variant: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        settings, self.variant = params.student(variant), params.variants[variant]
+        alone = variant in params.teachers
+        settings = params.teachers[variant] if alone else params.student(variant)
+        self.terms = {} if alone else {name: TermConfig(**config)
+                                       for name, config in params.variants[variant].terms.items()}
         self.train, self.size = settings.train, params.input.image.size
         self.student: Detector = build_detector(settings.model).to(self.device)
         self.frozen = {name: parameters_of(build_detector(params.teachers[name].model))
@@ -145,18 +149,18 @@ class Bench:
         return [*rows, rest, whole._replace(kept=whole.kept + rest.kept), *terms]
 
     def _recipe(self, params: Params) -> Recipe:
-        terms = {name: TermConfig(**config) for name, config in self.variant.terms.items()}
-        self.widths: dict[str, int] = {}
-        for config in terms.values():
-            store, _, tap = config.teacher.partition(".")
+        self.shapes: dict[str, tuple[int, int, int]] = {}
+        for source in sorted({source for config in self.terms.values() for source in config.teacher_taps}):
+            store, _, tap = source.partition(".")
             if tap not in ("boxes", "inst2d"):
                 teacher = build_detector(params.teachers[params.stores[store].teacher].model)
-                self.widths[config.teacher] = channels_of(teacher, tap)
+                self.shapes[source] = shape_of(teacher, tap)
         student, stride = self.student, getattr(self.student, "stride", None)
-        return Recipe(terms, student.targets, student.tap_channels, self.widths, stride=stride)
+        widths = {source: shape[0] for source, shape in self.shapes.items()}
+        return Recipe(self.terms, student.targets, student.tap_channels, widths, stride=stride)
 
     def _teacher_outputs(self) -> dict[str, Any]:
-        generator, side = torch.Generator().manual_seed(0), self.student.targets.grid.size
+        generator = torch.Generator().manual_seed(0)
         outputs: dict[str, Any] = {}
         for tap in self.recipe.teacher_taps:
             if tap.endswith(".boxes"):
@@ -166,7 +170,7 @@ class Bench:
             elif tap.endswith(".inst2d"):
                 outputs[tap] = [[random_instances(generator, self.size, self.device) for _ in range(CAMERAS)]]
             else:
-                outputs[tap] = torch.randn(1, self.widths[tap], side, side, generator=generator).relu().to(self.device)
+                outputs[tap] = torch.randn(1, *self.shapes[tap], generator=generator).relu().to(self.device)
         return outputs
 
     def autocast(self) -> torch.autocast:
@@ -174,7 +178,7 @@ class Bench:
         half = torch.float16 if self.train.precision == "16-mixed" else torch.bfloat16
         return torch.autocast(self.device.type, half, enabled=self.train.precision != "32-true")
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def inference(self) -> MultiplyAdds:
         """The student on the sample, counted."""
         self.student.eval()
@@ -191,10 +195,11 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before, start = self.memory(), time.process_time()
-        with self.autocast(), kept.watching(), MultiplyAdds(modules) as counted:
+        with self.autocast(), kept.watching():
             prediction = self.student(self.batch, self.recipe.student_taps)
             losses = self.student.loss(prediction, self.batch)
-            losses |= self.recipe(prediction, self.teacher, self.batch, 0.5)
+            with MultiplyAdds(self.recipe) as counted:
+                losses |= self.recipe(prediction, self.teacher, self.batch, 0.5)
             total = torch.stack([losses[name] for name in minimised(losses)]).sum()
         total.backward()
         optimizer.step()
@@ -215,11 +220,13 @@ class Bench:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def channels_of(teacher: Detector, tap: str) -> int:
-    """Of a dense tap; the head's are the heatmap and the regression code of each of its tasks."""
+def shape_of(teacher: Detector, tap: str) -> tuple[int, int, int]:
+    """Of a dense tap; the head's channels are the heatmap and the regression code of each of its tasks."""
+    queried = isinstance(teacher, BEVFormer) and tap in ("bev_lift", "bev_prev", "bev_view")
+    side = (teacher.cells if queried else teacher.targets.grid).size
     if tap == "head":
-        return teacher.targets.classes + CODE_SIZE * len(teacher.targets.task_sizes)
-    return teacher.tap_channels[tap]
+        return teacher.targets.classes + CODE_SIZE * len(teacher.targets.task_sizes), side, side
+    return teacher.tap_channels[tap], side, side
 
 
 def random_instances(generator: torch.Generator, size: tuple[int, int], device: torch.device) -> ImageInstances:
@@ -240,7 +247,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile")
-    parser.add_argument("--variant", default="x3kd")
+    parser.add_argument("--variant", default="x3kd", help="or a teacher of 3D boxes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
+LARGEST_PRODUCT = 2**27
+"""Entries of a matrix of :func:`bev_pool_by_product`, 512 MiB."""
+
 
 class PoolIndex(NamedTuple):
     """Which points fall into which cells, in both orders; P valid points, R pixels, D depth bins.
@@ -129,6 +132,28 @@ def bev_pool(features: Tensor, depth: Tensor, index: PoolIndex) -> Tensor:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     with torch.autocast(features.device.type, enabled=False):
         return _BevPool.apply(features.to(dtype).contiguous(), depth.to(dtype).contiguous(), index)
+
+
+def bev_pool_by_product(features: Tensor, depth: Tensor, cell: Tensor, cells: int) -> Tensor:
+    """:func:`bev_pool` as products of matrices, whose shapes depend on no value: what an exported graph holds.
+
+    A pixel's weights are laid out by cell, [cells, R], a part of the pixels at a time where that is large. Only single
+    numbers are added at places that repeat: onnxruntime adds whole rows in several threads and loses some (ScatterND).
+
+    Args:
+        features: [R, C].
+        depth: [R, D].
+        cell: [R, D] integer, as :func:`pool_index` takes it.
+        cells: number of cells of the output.
+    """
+    most, total = max(1, LARGEST_PRODUCT // cells), features.new_zeros(cells, features.shape[1])
+    for rows, weights, places in zip(features.split(most), depth.split(most), cell.split(most), strict=True):
+        pixels = len(rows)
+        # Points outside the grid go to one cell more, which is dropped.
+        places = torch.where(places < 0, cells, places) * pixels + torch.arange(pixels, device=cell.device)[:, None]
+        matrix = weights.new_zeros((cells + 1) * pixels).scatter_add(0, places.flatten(), weights.flatten())
+        total = total + matrix.view(cells + 1, pixels)[:cells] @ rows
+    return total
 
 
 def bev_pool_reference(features: Tensor, depth: Tensor, cell: Tensor, cells: int) -> Tensor:

@@ -20,9 +20,12 @@ from models.center_head import GridCenterHead
 from models.depth_net import DepthBins, depth_loss
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
-from models.images import ImageEncoder, first, total_channels
+from models.images import ImageEncoder, first, resized, total_channels
 from models.lift import LiftSplat
 from models.radar import RadarMap
+
+CAMERAS = 6
+"""Of nuScenes' rig."""
 
 
 class CameraDetector(Detector):
@@ -36,16 +39,18 @@ class CameraDetector(Detector):
         depth_bins: [low, high, step] in metres.
         depth_loss_weight: 0 switches depth supervision off.
         depth_loss_kind: see :func:`~models.depth_net.depth_loss`.
+        image: height and width that it sees; it brings images of another size to that. None: those of the batch.
     """
 
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
                  depth_bins: list[float], depth_loss_weight: float = 3.0,
-                 depth_loss_kind: Literal["bce", "ce"] = "bce") -> None:
+                 depth_loss_kind: Literal["bce", "ce"] = "bce", image: list[int] | None = None) -> None:
         super().__init__()
         if depth_loss_kind not in ("bce", "ce"):
             raise ValueError(f"{type(self).__name__} depth_loss_kind {depth_loss_kind!r} must be 'bce' or 'ce'")
         self.grid, self.stride, self.bins = Grid(**grid), stride, DepthBins(*depth_bins)
         self.depth_loss_weight, self.depth_loss_kind = depth_loss_weight, depth_loss_kind
+        self.image = None if image is None else (image[0], image[1])
         self.images = ImageEncoder(image_backbone, image_neck, stride)
 
     def build_lift(self, depth_net: dict[str, Any], downsample: int) -> LiftSplat:
@@ -63,6 +68,10 @@ class CameraDetector(Detector):
         self.targets = self.head.targets
         self.tap_channels = {"pv": self.images.channels, "depth": self.bins.count, "bev_fused": fused_channels,
                              "bev_neck": neck_channels}
+
+    def at_own_size(self, batch: Batch) -> Batch:
+        """The batch with the images, and the supervision of their depth, at the size that this detector sees."""
+        return batch if self.image is None else resized(batch, self.image, self.stride)
 
     def predict(self, fused: Tensor, depth: tuple[Tensor, ...], taps: Collection[str],
                 lifts: dict[str, Tensor]) -> Prediction:
@@ -88,7 +97,8 @@ class CameraDetector(Detector):
         """``heatmap``, ``box`` and, where it is weighted, ``depth``, the mean over the lifts."""
         losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
         if self.depth_loss_weight > 0:
-            values = [depth_loss(logits, batch.depth, self.bins, self.depth_loss_kind) for logits in prediction.depth]
+            supervision = self.at_own_size(batch).depth
+            values = [depth_loss(logits, supervision, self.bins, self.depth_loss_kind) for logits in prediction.depth]
             losses["depth"] = self.depth_loss_weight * torch.stack(values).mean()
         return losses
 
@@ -115,15 +125,16 @@ class CameraBEVDepth(CameraDetector):
         radar: ``voxel`` and ``encoder`` of :class:`~models.radar.RadarMap`, whose map joins the lifted ones.
 
     Taps: ``pv`` [B, N, C, h, w] the image neck; ``depth`` [B, N, D, h, w] probabilities; ``bev_lift`` the lifted
-    current frame; ``bev_prev`` the lifted previous frame (with frames 2); ``bev_fused`` the BEV encoder's input,
-    RADAR last; ``bev_neck`` the input of the head; ``head``.
+    current frame; ``bev_view`` [B, N * C, H, W] the cameras' parts of it, which add up to it (with downsample 1);
+    ``bev_prev`` the lifted previous frame (with frames 2); ``bev_fused`` the BEV encoder's input, RADAR last;
+    ``bev_neck`` the input of the head; ``head``.
     """
 
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
                  depth_net: dict[str, Any], depth_bins: list[float], bev_backbone: dict[str, Any],
                  bev_neck: dict[str, Any], head: dict[str, Any], downsample: int = 1, frames: int = 1,
-                 radar: dict[str, Any] | None = None, **depth_loss: Any) -> None:
-        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **depth_loss)
+                 radar: dict[str, Any] | None = None, **camera: Any) -> None:
+        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **camera)
         if frames not in (1, 2):
             raise ValueError(f"CameraBEVDepth frames {frames} must be 1, or 2 for the previous keyframe as well")
         self.frames = frames
@@ -133,6 +144,8 @@ class CameraBEVDepth(CameraDetector):
         fused_channels = self.lift.channels * frames + (0 if self.radar is None else self.radar.channels)
         self.build_bev(fused_channels, bev_backbone, bev_neck, head)
         self.tap_channels |= {"bev_lift": self.lift.channels}
+        if self.lift.has_views:
+            self.tap_channels["bev_view"] = CAMERAS * self.lift.channels
         if frames == 2:
             self.tap_channels["bev_prev"] = self.lift.channels
 
@@ -141,9 +154,12 @@ class CameraBEVDepth(CameraDetector):
         if batch.images.shape[1] < self.frames:
             raise ValueError(f"CameraBEVDepth was built for {self.frames} frames, the batch has "
                              f"{batch.images.shape[1]}: set input.frames")
+        batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
-        current = self.lift(features, batch)
+        current = self.lift(features, batch, views="bev_view" in taps)
         lifts = {"pv": features, "bev_lift": current.bev}
+        if current.views is not None:
+            lifts["bev_view"] = current.views
         maps = [current.bev]
         if self.frames == 2:
             maps.append(self._lift_previous(batch))

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.ops import DeformConv2dPack, MultiScaleDeformableAttention, get_compiling_cuda_version
+from mmcv.ops import (
+    DeformConv2dPack,
+    ModulatedDeformConv2dPack,
+    MultiScaleDeformableAttention,
+    get_compiling_cuda_version,
+)
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 KINDS = ("attention", "deform_conv", "conv")
@@ -169,6 +175,37 @@ class FullPrecisionDeformConv(DeformConv2dPack):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [M, C, h, w] of maps [M, C, h, w]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+            if torch.compiler.is_exporting():
+                return convolve_samples(x, self.conv_offset(x), self.weight)
+            return super().forward(x)
+
+
+def convolve_samples(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    """mmcv's deformable 3x3 convolution with padding 1, in operators that an exported graph can hold.
+
+    Args:
+        x: [M, C, h, w].
+        offset: [M, 18, h, w] cells, y and x of each of the nine samples.
+        weight: [C', C, 3, 3].
+    """
+    height, width = x.shape[-2:]
+    down, right = offset.unflatten(1, (9, 2)).unbind(2)
+    kernel = torch.arange(9, device=x.device).view(9, 1, 1)
+    row = torch.arange(height, device=x.device)[:, None] + kernel // 3 - 1 + down
+    column = torch.arange(width, device=x.device) + kernel % 3 - 1 + right
+    places = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=-1)
+    read = F.grid_sample(x, places.flatten(1, 2), align_corners=False).unflatten(2, (9, height))
+    return torch.einsum("mckhw,ock->mohw", read, weight.flatten(2))
+
+
+@MODELS.register_module()
+class FullPrecisionDCNv2(ModulatedDeformConv2dPack):
+    """mmcv's ``DCNv2`` in the same way, for mmdet's backbones: ``dcn: {type: FullPrecisionDCNv2}``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [M, C_out, h, w] of maps [M, C_in, h, w]."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)).contiguous())
 

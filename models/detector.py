@@ -79,6 +79,8 @@ class Detector(nn.Module, ABC):
     """Channels of the taps of this detector that are dense maps."""
     targets: TargetEncoder
     """How boxes become head targets on this detector's grid."""
+    frames: int = 1
+    """Keyframes of the batch that ``forward`` reads; no other need be loaded."""
     truth_losses: tuple[str, ...] = ("heatmap", "box")
     """Those of the losses that compare with the true boxes."""
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -138,6 +140,7 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     Raises:
         ValueError: if ``type`` is missing or not a detector of this project.
     """
+    import models.bevformer
     import models.camera
     import models.fusion
     import models.lidar
@@ -147,7 +150,7 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     name = config.get("type")
     if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
         raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
-                         "BEVFusion or SimulatedFusion")
+                         "BEVFormer, BEVFusion or SimulatedFusion")
     detector = MODELS.build(copy.deepcopy(dict(config)))
     detector.init_weights()
     return detector

@@ -57,8 +57,8 @@ class BEVFusion(CameraDetector):
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
                  depth_net: dict[str, Any], depth_bins: list[float], lidar: dict[str, Any], fused_channels: int,
                  bev_backbone: dict[str, Any], bev_neck: dict[str, Any], head: dict[str, Any], downsample: int = 1,
-                 **depth_loss: Any) -> None:
-        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **depth_loss)
+                 **camera: Any) -> None:
+        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **camera)
         self.lift = self.build_lift(depth_net, downsample)
         self.lidar = LidarMap(self.grid, **lidar)
         self.fuser = ConvFuser(self.lift.channels + self.lidar.channels, fused_channels)
@@ -67,6 +67,7 @@ class BEVFusion(CameraDetector):
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """See :class:`~models.detector.Detector`."""
+        batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
         camera = self.lift(features, batch)
         lidar = self.lidar(batch.points)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor
 
 import models.backbones
 import models.necks  # noqa: F401 (registers them)
+from models.detector import Batch
 
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
@@ -48,6 +51,35 @@ class ImageEncoder(BaseModule):
             raise ValueError(f"the image neck's map is {list(features.shape[-2:])} for images {height}x{width}: "
                              f"stride {self.stride} does not describe it")
         return features.unflatten(0, images.shape[:2])
+
+
+def resized(batch: Batch, size: tuple[int, int], stride: int) -> Batch:
+    """A batch whose images are ``size`` pixels high and wide, with the matrices and the depth that belong to them.
+
+    Args:
+        batch: it is left alone; the result shares what does not change.
+        size: of the new images; the batch itself comes back where its images have that size.
+        stride: new pixels per cell of the supervision of depth, whose cells keep the nearest depth of those they cover.
+    """
+    height, width = batch.images.shape[-2:]
+    if (height, width) == size:
+        return batch
+    smaller = copy.copy(batch)
+    images = F.interpolate(batch.images.flatten(0, 2).float(), size, mode="bilinear", antialias=True)
+    smaller.images = images.round().to(torch.uint8).unflatten(0, batch.images.shape[:3])
+    down, right = size[0] / height, size[1] / width
+    # Whole numbers are the centres of pixels.
+    smaller.image_aug = batch.image_aug.new_tensor(
+        [[right, 0, (right - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]]) @ batch.image_aug
+    if batch.depth.numel():
+        smaller.depth = nearest_depth(batch.depth, (size[0] // stride, size[1] // stride))
+    return smaller
+
+
+def nearest_depth(depth: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Depth maps [B, N, h, w], 0 where unknown, on fewer cells: the nearest depth of those that a new one covers."""
+    nearest = -F.adaptive_max_pool2d(torch.where(depth > 0, -depth, -torch.inf), shape)
+    return torch.where(nearest.isinf(), 0.0, nearest)
 
 
 def first(maps: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.bev_pool import bev_pool, pool_index
+from models.bev_pool import bev_pool, bev_pool_by_product, pool_index
 from models.depth_net import DepthBins, DepthNet, camera_parameters
 from models.detector import Batch
 from models.grid import Grid
+from models.projection import inverse3
 
 
 class Lifted(NamedTuple):
@@ -23,6 +24,8 @@ class Lifted(NamedTuple):
     """[B, C, H, W] on the grid."""
     depth: Tensor
     """[B, N, D, h, w] logits."""
+    views: Tensor | None = None
+    """[B, N * C, H, W], where asked for: the cameras' parts of ``bev`` one after another."""
 
 
 class LiftSplat(nn.Module):
@@ -47,28 +50,49 @@ class LiftSplat(nn.Module):
         self.channels: int = depth_net["context_channels"]
         self.reduce = reduction(self.channels, downsample) if downsample > 1 else nn.Identity()
 
-    def forward(self, features: Tensor, batch: Batch, frame: int = 0) -> Lifted:
-        """Lift the features [B, N, C, h, w] of all cameras of one frame."""
+    def forward(self, features: Tensor, batch: Batch, frame: int = 0, views: bool = False) -> Lifted:
+        """Lift the features [B, N, C, h, w] of all cameras of one frame.
+
+        Args:
+            features: of the image neck.
+            batch: with the cameras.
+            frame: of the batch, whose features they are.
+            views: whether to give the cameras' parts as well; the map is then their sum.
+
+        Raises:
+            ValueError: parts are asked for, and convolutions follow the pooling, after which none is one camera's.
+        """
+        if views and not self.has_views:
+            raise ValueError("bev_view: the parts of the cameras do not add up behind convolutions: use downsample 1")
         # The pose of the current frame for every frame: cameras are mounted rigidly, and the pose of a past frame
         # holds the ego motion, which says nothing about depth.
         height, width = batch.images.shape[-2:]
         camera = camera_parameters(batch.intrinsics[:, frame].flatten(0, 1), batch.image_aug[:, frame].flatten(0, 1),
                                    batch.lidar_SE3_cam[:, 0].flatten(0, 1), (height, width))
         logits, context = self.depth_net(features.flatten(0, 1), camera.float())
-        bev = self._splat(context, logits, self._cells(batch, frame, features.shape[-2:]), len(features))
-        return Lifted(self.reduce(bev), logits.unflatten(0, features.shape[:2]))
+        cells, depth = self._cells(batch, frame, features.shape[-2:], views), logits.unflatten(0, features.shape[:2])
+        if not views:
+            return Lifted(self.reduce(self._splat(context, logits, cells, len(features))), depth)
+        parts = self._splat(context, logits, cells, len(logits)).unflatten(0, features.shape[:2])
+        return Lifted(parts.sum(1), depth, parts.flatten(1, 2))
 
-    def _splat(self, context: Tensor, logits: Tensor, cells: Tensor, batch_size: int) -> Tensor:
-        """Pool context [M, C, h, w], weighted by depth [M, D, h, w], into cells [M h w, D]: [B, C, H, W]."""
-        count = batch_size * self.cells.size**2
+    @property
+    def has_views(self) -> bool:
+        """Whether the map is the sum of what the cameras were pooled to."""
+        return isinstance(self.reduce, nn.Identity)
+
+    def _splat(self, context: Tensor, logits: Tensor, cells: Tensor, maps: int) -> Tensor:
+        """Pool context [M, C, h, w], weighted by depth [M, D, h, w], into cells [M h w, D]: [maps, C, H, W]."""
         features = context.permute(0, 2, 3, 1).flatten(0, 2)
         depth = logits.permute(0, 2, 3, 1).flatten(0, 2).float().softmax(-1)
-        pooled = bev_pool(features, depth, pool_index(cells, count))
-        return pooled.view(batch_size, self.cells.size, self.cells.size, -1).permute(0, 3, 1, 2)
+        count = maps * self.cells.size**2
+        pooled = (bev_pool_by_product(features.float(), depth, cells, count) if torch.compiler.is_exporting()
+                  else bev_pool(features, depth, pool_index(cells, count)))
+        return pooled.view(maps, self.cells.size, self.cells.size, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def _cells(self, batch: Batch, frame: int, shape: torch.Size) -> Tensor:
-        """Cell of each frustum point [B N h w, D], counted through the batch; -1 outside the grid."""
+    def _cells(self, batch: Batch, frame: int, shape: torch.Size, views: bool = False) -> Tensor:
+        """Cell of each frustum point [B N h w, D], -1 outside the grid; counted through the batch, or its views."""
         device = batch.images.device
         # Whole numbers are the centres of pixels, so a cell of `stride` pixels has its centre half a pixel lower.
         centers = ((torch.arange(n, device=device) + 0.5) * self.stride - 0.5 for n in shape)
@@ -78,14 +102,16 @@ class LiftSplat(nn.Module):
         with torch.autocast(device.type, enabled=False):
             pose = batch.bev_aug.float()[:, None] @ batch.lidar_SE3_cam[:, frame].float()
             to_pixels = batch.image_aug[:, frame].float() @ batch.intrinsics[:, frame].float()
-            rays = pixel @ (pose[..., :3, :3] @ torch.linalg.inv(to_pixels)).mT  # [B, N, h w, 3], unit camera depth
+            rays = pixel @ (pose[..., :3, :3] @ inverse3(to_pixels)).mT  # [B, N, h w, 3], unit camera depth
             points = rays.unsqueeze(-2) * self.bins.centers(device)[:, None] + pose[..., None, None, :3, 3]
             column_row = torch.floor(self.cells.to_cells(points[..., :2])).long()
         low, high = self.cells.z
         inside = ((column_row >= 0) & (column_row < self.cells.size)).all(-1)
         inside &= (points[..., 2] >= low) & (points[..., 2] < high)
-        sample = torch.arange(len(points), device=device).view(-1, 1, 1, 1)
-        cell = (sample * self.cells.size + column_row[..., 1]) * self.cells.size + column_row[..., 0]
+        cameras = points.shape[1]
+        number = torch.arange(len(points) * cameras, device=device).view(-1, cameras, 1, 1)
+        number = number if views else number // cameras
+        cell = (number * self.cells.size + column_row[..., 1]) * self.cells.size + column_row[..., 0]
         return torch.where(inside, cell, -1).flatten(0, 2)
 
 

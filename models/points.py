@@ -22,6 +22,7 @@ import models.pillars  # noqa: F401 (registers its encoder)
 from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
+from models.padded_points import lift_padded
 
 
 class PointLift(BaseModule):
@@ -61,6 +62,8 @@ class PointLift(BaseModule):
         """The middle encoder's dense map [B, C, h, w] of point clouds [P, features] or wider."""
         # Coordinates up to 50 m do not fit bfloat16 (0.25 m steps), so this part stays in float32 under autocast.
         with torch.autocast(points[0].device.type, enabled=False):
+            if torch.compiler.is_exporting():
+                return torch.stack([lift_padded(self, sample[:, :self.features].float()) for sample in points])
             voxels, coordinates, counts = self._voxels(points)
             features = self.encoder(voxels, counts, coordinates)
             return self.middle(features, coordinates, len(points))

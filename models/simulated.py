@@ -51,8 +51,8 @@ class SimulatedFusion(CameraDetector):
                  depth_net: dict[str, Any], depth_bins: list[float], fused_channels: int, bev_backbone: dict[str, Any],
                  bev_neck: dict[str, Any], head: dict[str, Any], downsample: int = 1,
                  image_compensation: dict[str, Any] | None = None, bev_compensation: dict[str, Any] | None = None,
-                 **depth_loss: Any) -> None:
-        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **depth_loss)
+                 **camera: Any) -> None:
+        super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **camera)
         self.camera_lift = self.build_lift(depth_net, downsample)
         self.simulated_lift = self.build_lift(depth_net, downsample)
         channels = self.camera_lift.channels
@@ -67,6 +67,7 @@ class SimulatedFusion(CameraDetector):
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """See :class:`~models.detector.Detector`."""
+        batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
         camera = self.camera_lift(features, batch)
         seen = self.image_compensation(features.flatten(0, 1)).unflatten(0, features.shape[:2])

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -111,6 +111,20 @@ def import_segmenter(
     options = {"file": file.absolute(), "name": name, "config": config.absolute(), "trust_pickle": trust_pickle}
     root = prepare()
     _leave(importlib.import_module("stages.import_segmenter").run(root, **options))
+
+
+@app.command()
+def export(
+    key: Annotated[str, typer.Argument(help="<variant>-<seed>, or the name of a teacher that reads no LiDAR.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default: outputs/exports/KEY.")] = None,
+    form: Annotated[Literal["onnx", "torch", "both"], typer.Option("--format", help="ONNX, torch.export.")] = "both",
+    samples: Annotated[int, typer.Option(min=1, help="Keyframes of evaluate.split to compare on.")] = 4,
+) -> None:
+    """Write a student without its teachers: ONNX and a torch program, compared with the weights that were published."""
+    options = {"key": key, "out": out.absolute() if out else None, "samples": samples}
+    formats = ["onnx", "torch"] if form == "both" else [form]
+    root = prepare()
+    _leave(importlib.import_module("stages.export").run(root, formats=formats, **options))
 
 
 @app.command()

@@ -164,6 +164,7 @@ class TrainConfig(Section):
     checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
     log_every: Count = 10  # steps
     workers: int | None = Field(None, ge=0)  # loader processes; none given: 1, or one per core up to 8 beside a GPU
+    lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}  # module of the model -> factor of its rate; 0: frozen
 
     @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> Self:
@@ -254,21 +255,29 @@ class TeacherStart(Section):
 
     teacher: str
     only: list[str] | None = None  # names of modules
+    resample: bool = False  # of `only`: weights of another size are brought to the student's (models/inherit.py)
+
+    @model_validator(mode="after")
+    def _resamples_modules(self) -> Self:
+        if self.resample and not self.only:
+            raise ValueError("resample brings modules of another size to the student's: name them in only")
+        return self
+
+
+Start = TeacherStart | list[TeacherStart] | ImportParams | None
 
 
 class StudentParams(Section):
     """A student: its model and its training."""
 
-    start: TeacherStart | list[TeacherStart] | ImportParams | None = None
+    start: Start = None
     model: dict[str, Any]
     train: TrainConfig
 
     @property
     def starts(self) -> list[TeacherStart]:
         """The teachers that it starts from."""
-        if isinstance(self.start, list):
-            return self.start
-        return [self.start] if isinstance(self.start, TeacherStart) else []
+        return _teachers_of(self.start)
 
 
 class VariantParams(Section):
@@ -278,6 +287,7 @@ class VariantParams(Section):
     terms: dict[str, dict[str, Any]]
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    start: Start = None  # instead of the student's
     truth: bool = True  # False: no losses against boxes of the ground truth, the teachers' only
     row: str | None = None  # of a paper's table that this variant reproduces
 
@@ -303,9 +313,11 @@ class StudyParams(Section):
     teachers: list[str]
     parts: PartsParams
     fusions: list[str]  # entries of `teachers` that are trained in a second step, from the parts
+    large: list[str] = []  # of `teachers`, camera teachers that are trained in a second step, from the camera part
     segmenters: list[str]
     stores: list[str]
     variants: list[str]
+    baselines: list[str] = []  # variants that those listed behind them are compared with; none: the first variant
     featured: list[str]  # variants whose simulated LiDAR features are drawn beside the teacher's
     seeds: list[int]
     search: str | None = None  # studies/results/<search>.json: how the weights of the terms were chosen
@@ -313,7 +325,12 @@ class StudyParams(Section):
     @property
     def detectors(self) -> list[str]:
         """All teachers of 3D boxes, those of one step first."""
-        return [*self.teachers, *self.fusions]
+        return [*self.teachers, *self.fusions, *self.large]
+
+    @property
+    def places(self) -> str:
+        """Where teachers of 3D boxes are listed, for messages."""
+        return f"study.teachers {self.teachers}, study.fusions {self.fusions} or study.large {self.large}"
 
 
 class EvaluateParams(Section):
@@ -349,7 +366,8 @@ class Params(Section):
         chosen = self.variants[variant]
         base = self.students[chosen.student]
         overrides = {"model": chosen.model, "train": chosen.train}
-        return StudentParams.model_validate(merge(base.model_dump(), overrides))
+        start = base.start if chosen.start is None else chosen.start
+        return StudentParams.model_validate(merge(base.model_dump(), overrides) | {"start": start})
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -367,9 +385,11 @@ class Params(Section):
         checks: list[tuple[str, list[str], Collection[str]]] = [
             ("study.teachers", self.study.teachers, self.teachers),
             ("study.fusions", self.study.fusions, self.teachers),
+            ("study.large", self.study.large, self.teachers),
             ("study.segmenters", self.study.segmenters, self.segmenters),
             ("study.stores", self.study.stores, self.stores),
             ("study.variants", self.study.variants, self.variants),
+            ("study.baselines", self.study.baselines, self.study.variants),
             ("study.featured", self.study.featured, self.study.variants),
         ]
         sources = {**self.teachers, **self.segmenters}
@@ -380,6 +400,11 @@ class Params(Section):
             for start in student.starts
         ]
         checks += [(f"variants.{name}.student", [v.student], self.students) for name, v in self.variants.items()]
+        checks += [
+            (f"variants.{name}.start.teacher", [start.teacher], self.teachers)
+            for name, variant in self.variants.items()
+            for start in _teachers_of(variant.start)
+        ]
         for where, names, known in checks:
             for name in names:
                 if name not in known:
@@ -390,13 +415,21 @@ class Params(Section):
             yield f"data.instances: missing, and study.segmenters {self.study.segmenters} need it"
         for name in sorted(self.teachers.keys() & self.segmenters.keys()):
             yield f"segmenters.{name}: teachers has the same name, and both are published in outputs/teachers"
-        if both := sorted({*self.study.teachers} & {*self.study.fusions}):
-            yield f"study.fusions: {both} are in study.teachers too: a teacher is trained in one step or in two"
-        for part, name in self.study.parts.model_dump().items() if self.study.fusions else ():
-            if name not in self.study.teachers:
-                yield f"study.parts.{part}: study.fusions need {name!r} in study.teachers {self.study.teachers}"
+        yield from self._bad_second_steps()
         if len(set(self.study.seeds)) < len(self.study.seeds):
             yield f"study.seeds: {self.study.seeds} lists a seed more than once"
+
+    def _bad_second_steps(self) -> Iterable[str]:
+        study = self.study
+        if both := sorted({*study.teachers} & {*study.fusions}):
+            yield f"study.fusions: {both} are in study.teachers too: a teacher is trained in one step or in two"
+        if both := sorted({*study.large} & {*study.teachers, *study.fusions}):
+            yield f"study.large: {both} are in study.teachers or study.fusions too: a teacher is trained in one way"
+        needs = {"lidar": {"study.fusions": study.fusions}}
+        needs["camera"] = needs["lidar"] | {"study.large": study.large}
+        for part, name in study.parts.model_dump().items():
+            for key in (key for key, names in needs[part].items() if names and name not in study.teachers):
+                yield f"study.parts.{part}: {key} need {name!r} in study.teachers {study.teachers}"
 
     def _bad_stores(self) -> Iterable[str]:
         for name, store in self.stores.items():
@@ -418,8 +451,7 @@ class Params(Section):
                 yield f"study.stores: all taps of {name!r} are online, so there is nothing to extract: leave it out"
             study = self.study
             if store.teacher not in (*study.detectors, *study.segmenters):
-                boxes = f"study.teachers {study.teachers} or study.fusions {study.fusions}"
-                place = f"study.segmenters {study.segmenters}" if store.teacher in self.segmenters else boxes
+                place = f"study.segmenters {study.segmenters}" if store.teacher in self.segmenters else study.places
                 yield f"study.stores: {name!r} needs teacher {store.teacher!r} in {place}"
 
     def _bad_variants(self) -> Iterable[str]:
@@ -435,12 +467,14 @@ class Params(Section):
                     yield from (f"variants.{name}.{problem}" for problem in _problems(error, StudentParams))
 
     def _missing_start(self, variant: str) -> Iterable[str]:
-        student = self.students.get(self.variants[variant].student)
-        for start in student.starts if student else ():
+        chosen = self.variants[variant]
+        student = self.students.get(chosen.student)
+        own = student.start if student and chosen.start is None else chosen.start
+        for start in _teachers_of(own):
             if start.teacher not in self.study.detectors:
                 yield (
                     f"variants.{variant}: its student starts from teacher {start.teacher!r}, "
-                    f"which study.teachers {self.study.teachers} and study.fusions {self.study.fusions} lack"
+                    f"which is not in {self.study.places}"
                 )
 
     def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
@@ -461,10 +495,7 @@ class Params(Section):
         if store.taps[tap].cached and name not in stores:
             yield f"{where}: '{name}.{tap}' needs store {name!r} in study.stores {stores}"
         elif not store.taps[tap].cached and store.teacher not in teachers:
-            yield (
-                f"{where}: '{name}.{tap}' is online and needs teacher {store.teacher!r} in study.teachers "
-                f"{self.study.teachers} or study.fusions {self.study.fusions}"
-            )
+            yield (f"{where}: '{name}.{tap}' is online and needs teacher {store.teacher!r} in {self.study.places}")
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -522,6 +553,13 @@ def split_key(key: str) -> tuple[str, int]:
     if not variant or not seed.isdigit():
         raise ParamsError(f"key {key!r} must be <variant>-<seed>, as in baseline-0")
     return variant, int(seed)
+
+
+def _teachers_of(start: Start) -> list[TeacherStart]:
+    """The teachers of a start."""
+    if isinstance(start, list):
+        return start
+    return [start] if isinstance(start, TeacherStart) else []
 
 
 def _bad_tap(name: str, tap: TapParams) -> Iterable[str]:

@@ -269,7 +269,7 @@ def _alone(path: Path, address: str) -> Iterator[None]:
 
 def _module(name: str) -> ModuleType:
     """stages/<name>.py; evaluating a teacher is evaluating."""
-    module = f"stages.{'evaluate' if name in ('evaluate_teacher', 'evaluate_fusion') else name}"
+    module = f"stages.{'evaluate' if name in ('evaluate_teacher', 'evaluate_fusion', 'evaluate_large') else name}"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -160,20 +161,49 @@ def make_fabric(precision: Any) -> Fabric:
     )
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, lr_factors: Mapping[str, float] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """Weight decay on matrices and kernels; none on biases, norms and other vectors.
 
     A module with the attribute `weight_decay = False` has none at all.
+
+    Args:
+        module: whose parameters are grouped; what is frozen is left out.
+        weight_decay: of matrices and kernels.
+        lr_factors: name of a submodule -> `factor` of its groups, by which the learning rate is multiplied; of several
+            that hold a parameter the innermost counts.
     """
     free = {p for part in module.modules() if getattr(part, "weight_decay", True) is False for p in part.parameters()}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in module.parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and parameter not in free].append(parameter)
+            factor = lr_factors.get(_innermost(name, lr_factors), 1.0)
+            groups.setdefault((factor, parameter.ndim > 1 and parameter not in free), []).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "factor": factor}
+        for (factor, decays), parameters in groups.items()
     ]
+
+
+def freeze(module: nn.Module, lr_factors: Mapping[str, float]) -> None:
+    """Take the submodules with factor 0 out of training; statistics of batch norms go on following the data.
+
+    Raises:
+        PipelineError: a name is no submodule.
+    """
+    for name, factor in lr_factors.items():
+        try:
+            part = module.get_submodule(name)
+        except AttributeError:
+            known = ", ".join(key for key, _ in module.named_modules() if key.count(".") <= name.count(".") and key)
+            raise PipelineError(f"train.lr_factors: the model has no module {name!r}; it has {known}") from None
+        part.requires_grad_(factor > 0)
+
+
+def _innermost(name: str, modules: Iterable[str]) -> str:
+    """The longest of the modules' names that holds a parameter's; empty if none does."""
+    return max((module for module in modules if name.startswith(f"{module}.")), key=len, default="")
 
 
 def minimised(names: Iterable[str]) -> list[str]:
@@ -237,6 +267,7 @@ class Trainer:
         self.config, self.seed, self.scratch, self.tracker = config, seed, scratch, tracker
         self.stop, self.label = stop, label
         self.dataset, self.collate, self.balance = dataset, collate, balance
+        freeze(task.module, config.lr_factors)
         self.module = self.fabric.to_device(task.module).train()
         self.loss, self.optimizer = self.fabric.setup(_Loss(task), self._make_optimizer())
         self.ema = EMA(self.module, config.ema_decay)
@@ -247,7 +278,7 @@ class Trainer:
         self.total, self.samples_per_epoch = batches.total_steps, batches.length
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.module, self.config.weight_decay)
+        groups = parameter_groups(self.module, self.config.weight_decay, self.config.lr_factors)
         return torch.optim.AdamW(groups, lr=self.config.lr, weight_decay=0.0)
 
     def fit(self) -> dict[str, Tensor]:
@@ -279,7 +310,7 @@ class Trainer:
         config = self.config
         rate = learning_rate(self.step, self.total, config.lr, config.warmup, config.schedule, config.milestones)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         terms, tokens, waited = self._accumulate_gradients(batches)
         limit = config.grad_clip or math.inf
         norm = self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=limit, error_if_nonfinite=False)

@@ -19,13 +19,13 @@ from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
 from models.targets import TargetEncoder
-from pipeline.params import ImportParams, StudentParams, split_key
+from pipeline.params import ImportParams, StudentParams, TrainConfig, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import WATCHED
 from stages.frozen import evenly
 from stages.identity import store_identity
-from stages.inputs import plain_dataset, training_dataset
+from stages.inputs import frames_of, plain_dataset, training_dataset
 from stages.sources import OnlineTeacher, Sources
 from stages.training import train_stage
 from stages.weights import load_detector, save_detector, start_from, start_in_part
@@ -84,13 +84,19 @@ def run(context: StageContext) -> None:
         task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
         samples = samples_of(context, student, sources, seed)
         dataset, collate_batch = taught(samples, task.recipe, sources)
-        weights = train_stage(context, task, dataset, collate_batch, settings.train, seed, samples.classes)
+        weights = train_stage(context, task, dataset, collate_batch, of_student(settings.train), seed, samples.classes)
     except (StoreError, BlobError, ValidationError) as error:
         raise StageError(str(error)) from error
     if context.rank == 0:
         exported = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
         save_detector(context.scratch / "model", settings.model, exported)
     context.publish(context.scratch / "model", f"outputs/students/{context.key}")
+
+
+def of_student(config: TrainConfig) -> TrainConfig:
+    """The settings with the student's modules named as they are beside a recipe."""
+    factors = {f"student.{module}": factor for module, factor in config.lr_factors.items()}
+    return config.model_copy(update={"lr_factors": factors})
 
 
 def start_as_set(context: StageContext, student: Detector, settings: StudentParams) -> None:
@@ -100,7 +106,7 @@ def start_as_set(context: StageContext, student: Detector, settings: StudentPara
         if start.only is None:
             start_from(student, folder, None)
         else:
-            start_in_part(student, folder, start.only)
+            start_in_part(student, folder, start.only, resample=start.resample)
     if isinstance(settings.start, ImportParams):
         start_from(student, context.root / settings.start.folder, settings.start.checksum)
 
@@ -114,11 +120,14 @@ def open_sources(
     """
     asked: dict[str, set[str]] = {}
     for term in terms.values():
-        name, _, tap = term.teacher.partition(".")
-        asked.setdefault(name, set()).add(tap)
+        for source in term.teacher_taps:
+            name, _, tap = source.partition(".")
+            asked.setdefault(name, set()).add(tap)
     stores: dict[str, Store] = {}
     online: dict[str, OnlineTeacher] = {}
     for name, taps in asked.items():
+        if lacking := sorted(taps - context.params.stores[name].taps.keys()):
+            raise StageError(f"stores.{name}.taps lacks {', '.join(lacking)}, which terms read: add it there")
         cached = taps & context.params.stores[name].cached.keys()
         if cached:
             stores[name] = open_store(context, name)
@@ -181,8 +190,11 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: 
 
 def samples_of(context: StageContext, student: Detector, sources: Sources, seed: int) -> NuScenesDataset:
     """The student's training data, with what online teachers read of the same samples."""
-    dataset = training_dataset(context.root, context.params, student, seed, context.params.data.splits.of_students)
+    params = context.params
+    dataset = training_dataset(context.root, params, student, seed, params.data.splits.of_students)
     dataset.modalities |= sources.sensors
+    frames = frames_of(params, student, *(teacher.detector for teacher in sources.online.values()))
+    dataset.config = dataset.config.model_copy(update={"frames": frames})
     return dataset
 
 

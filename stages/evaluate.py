@@ -1,4 +1,4 @@
-"""Stages `evaluate`, `evaluate_teacher` and `evaluate_fusion`.
+"""Stages `evaluate`, `evaluate_teacher`, `evaluate_fusion` and `evaluate_large`.
 
 Published weights -> submission, the devkit's metrics, pictures.
 """
@@ -64,7 +64,7 @@ def subject(stage: str, key: str | None) -> Subject:
     """The stage's key taken apart; variants may have hyphens in their names."""
     if key is None:
         raise StageError(f"stage {stage} needs --key")
-    if stage in ("evaluate_teacher", "evaluate_fusion"):
+    if stage != "evaluate":
         return Subject("teacher", key, key, None)
     return Subject("student", key, *split_key(key))
 

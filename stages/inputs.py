@@ -28,7 +28,9 @@ def training_dataset(root: Path, params: Params, detector: Detector, seed: int, 
         raise StageError(
             f"input.radar: false, and {type(detector).__name__} reads RADAR: set it to true and run `prepare` again"
         )
-    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grown_grid(params, 0.0))
+    changes = {"frames": frames_of(params, detector)}
+    grid = grown_grid(params, 0.0)
+    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grid, **changes)
 
 
 def plain_dataset(
@@ -45,8 +47,21 @@ def plain_dataset(
     `grid` crops it instead of that of params.yaml.
     """
     modalities = {*detector.sensors, "boxes"} if boxes else detector.sensors
-    grid = grid or grown_grid(params, 0.0)
-    return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid)
+    grid, changes = grid or grown_grid(params, 0.0), {"frames": frames_of(params, detector)}
+    return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid, **changes)
+
+
+def frames_of(params: Params, *detectors: Detector) -> int:
+    """Keyframes that detectors read, no more than which are loaded.
+
+    Raises:
+        StageError: a detector reads the previous keyframe, and `input.frames` is 1.
+    """
+    for detector in detectors:
+        if detector.frames > params.input.frames:
+            name = type(detector).__name__
+            raise StageError(f"input.frames: {params.input.frames}, and {name} reads {detector.frames}: raise it")
+    return max(detector.frames for detector in detectors)
 
 
 def camera_dataset(root: Path, params: Params, split: str, size: tuple[int, int]) -> NuScenesDataset:

@@ -13,6 +13,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from models.detector import Detector, build_detector
+from models.inherit import inherited
 from pipeline.stage import StageError
 
 WEIGHTS: Final = "model.safetensors"
@@ -70,13 +71,16 @@ def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
     fill(model, _weights_of_start(folder, checksum), folder / WEIGHTS)
 
 
-def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None = None) -> set[str]:
+def start_in_part(
+    detector: Detector, folder: Path, only: Collection[str] | None = None, *, resample: bool = False
+) -> set[str]:
     """Give a detector what fits, by name and shape, of a published one of another kind.
 
     Args:
         detector: gets the weights, at the places that its `places` name.
         folder: of the published one.
         only: modules of the published one that are taken; None: all.
+        resample: whether weights of another size are brought to the detector's (`models.inherit`).
 
     Returns:
         Names of the weights that were set.
@@ -93,6 +97,8 @@ def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None
             for place in detector.places.get(module, (module,))
             if name.startswith(f"{module}.")
         }
+        if resample:
+            found = _inherited(detector, module, found, path)
         fits = {name: w for name, w in found.items() if name in own and own[name].shape == w.shape}
         if only is not None and not fits:
             known = ", ".join(sorted({name.partition(".")[0] for name in weights}))
@@ -104,6 +110,18 @@ def start_in_part(detector: Detector, folder: Path, only: Collection[str] | None
         raise StageError(f"{path}: no weight of it fits the {type(detector).__name__}")
     detector.load_state_dict(own | chosen)
     return set(chosen)
+
+
+def _inherited(detector: Detector, module: str, found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Of a module's weights those that the detector has, at its sizes; it may have fewer layers, not more."""
+    places = tuple(f"{place}." for place in detector.places.get(module, (module,)))
+    wanted = [name for name in detector.state_dict() if name.startswith(places)]
+    if more := set(wanted) - found.keys():
+        raise StageError(f"{path}: module {module!r} lacks {_some(more)} of the {type(detector).__name__}")
+    try:
+        return {name: inherited(detector, name, found[name]) for name in wanted}
+    except ValueError as error:
+        raise StageError(f"{path}: {error}") from error
 
 
 def checksum_of(content: bytes) -> str:

@@ -19,7 +19,7 @@ ROOMS = ("data", "models", "stages", "pipeline")
 CONTROL = {f"pipeline/{name}.py" for name in (
     "__init__", "__main__", "cli", "environment", "errors", "flow", "gpus", "graph", "launch", "params", "processes",
     "profiles", "progress", "stage", "tracking")}
-SAME_CODE = {"evaluate_teacher": "evaluate", "evaluate_fusion": "evaluate"}
+SAME_CODE = {f"evaluate_{kind}": "evaluate" for kind in ("teacher", "fusion", "large")}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

@@ -10,12 +10,29 @@ from torch import Tensor, nn
 from models.distill.terms import AdapterConfig
 
 
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, *size] of [B, C, H, W] that cover the same square, bilinear; ``x`` itself where it has that size."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 class Resize(nn.Module):
-    """Bilinear resize of a student's map to the teacher's grid; the only adapter that changes the grid."""
+    """Bilinear resize of a student's map to the teacher's grid."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, *size] of [B, C, H, W]."""
-        return F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return resized(x, size)
+
+
+class Projection(Resize):
+    """1x1 convolution to the teacher's width, then to the teacher's grid."""
+
+    def __init__(self, student: int, teacher: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(student, teacher, 1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B, teacher, *size] of [B, student, H, W]."""
+        return super().forward(self.conv(x), size)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -37,7 +54,7 @@ def same_width(kind: str) -> Callable[[int, int, AdapterConfig], None]:
     def check(student: int, teacher: int, _: AdapterConfig) -> None:
         if student != teacher:
             raise ValueError(f"adapter '{kind}' keeps the student's {student} channels, the teacher's tap has "
-                             f"{teacher}: use conv1x1, conv3x3bnrelu or decoder")
+                             f"{teacher}: use conv1x1, conv3x3bnrelu, projection or decoder")
 
     return check
 
@@ -60,5 +77,6 @@ ADAPTERS: dict[str, Callable[[int, int, AdapterConfig], nn.Module]] = {
     "conv3x3bnrelu": lambda student, teacher, _: conv_bn_relu(student, teacher),
     "decoder": decoder,
     "resize": resize,
+    "projection": lambda student, teacher, _: Projection(student, teacher),
 }
 """Makers of adapters from student channels, teacher channels and config, by name."""

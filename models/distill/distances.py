@@ -25,6 +25,13 @@ def soft_gaussian_focal(logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
     return torch.where(peak, positive, negative)
 
 
+def bernoulli_divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || student) of the yes or no that each logit stands for; both are logits; 0 where they agree."""
+    p = target.sigmoid()
+    yes, no = F.logsigmoid(target) - F.logsigmoid(logits), F.logsigmoid(-target) - F.logsigmoid(-logits)
+    return p * yes + (1 - p) * no
+
+
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l1": lambda student, teacher, _: (student - teacher).abs(),
     "l2": lambda student, teacher, _: (student - teacher).square(),

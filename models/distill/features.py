@@ -11,10 +11,10 @@ from torch import Tensor
 from models.detector import Batch, Prediction
 from models.distill.adapters import ADAPTERS, Resize
 from models.distill.distances import ELEMENTWISE
-from models.distill.masks import MASKS, MaskInput
+from models.distill.masks import MASKS, MaskInput, grid_of
 from models.distill.term import Outcome, Term
 from models.distill.terms import TermConfig
-from models.targets import TargetEncoder
+from models.targets import CODE_SIZE, TargetEncoder
 
 SMALLEST_STD = 0.05
 """Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""
@@ -36,6 +36,20 @@ def valid_cells(teacher: Mapping[str, Any], tap: str, maps: Tensor) -> Tensor:
     """[B, 1, H, W] bool, the cells for which a teacher's map is known: all unless ``<tap>.valid`` says otherwise."""
     valid = teacher.get(f"{tap}.valid")
     return torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
+
+
+def check_tasks(tap: str, channels: int, targets: TargetEncoder) -> None:
+    """Raises ValueError where a teacher's head maps are not of the student's tasks."""
+    expected = targets.classes + CODE_SIZE * len(targets.task_sizes)
+    if channels != expected:
+        raise ValueError(f"'{tap}' has {channels} channels, the student's head {expected}: teacher and student need "
+                         "the same tasks")
+
+
+def best_score(head: Tensor, targets: TargetEncoder) -> Tensor:
+    """Best score over all classes [B, 1, H, W] of a teacher's head maps, laid out as ``head_map`` makes them."""
+    tasks = head.split([CODE_SIZE + classes for classes in targets.task_sizes], dim=1)
+    return torch.cat([task[:, CODE_SIZE:] for task in tasks], dim=1).amax(1, keepdim=True).sigmoid()
 
 
 class MapTerm(Term):
@@ -63,12 +77,20 @@ class MapTerm(Term):
         """See :class:`Term`."""
         target = teacher[self.config.teacher].detach().float()
         source = student.taps[self.config.student]
-        grid = (target.shape[-2], target.shape[-1])
-        adapted = self.adapter(source, grid) if isinstance(self.adapter, Resize) else self.adapter(source)
+        adapted = self.adapter(source, grid_of(target)) if isinstance(self.adapter, Resize) else self.adapter(source)
         if adapted.shape != target.shape:
             raise ValueError(f"student tap '{self.config.student}' is {list(adapted.shape)} after its adapter, "
-                             f"'{self.config.teacher}' {list(target.shape)}: grids that differ need the adapter resize")
+                             f"'{self.config.teacher}' {list(target.shape)}: grids that differ need the adapter resize "
+                             "or projection")
         valid = valid_cells(teacher, self.config.teacher, target)
-        given = MaskInput(target, valid, batch, self.targets, self.config.mask)
+        given = MaskInput(target, valid, batch, self.targets, self.config.mask, self._scores(teacher))
         distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std, self.config.beta)
         return Outcome((distance.mean(1, keepdim=True) * MASKS[self.config.mask.kind](given)).sum())
+
+    def _scores(self, teacher: Mapping[str, Any]) -> Tensor | None:
+        """What ``phi_softmax`` weighs by; cells of the head that are not known count as background."""
+        tap = self.config.beside("head")
+        if tap not in self.config.teacher_taps:
+            return None
+        head = teacher[tap].detach().float()
+        return best_score(head, self.targets) * valid_cells(teacher, tap, head)

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from models.detector import Batch
+from models.distill.adapters import resized
 from models.distill.terms import MaskConfig
 from models.targets import TargetEncoder, flatten_boxes
+
+CLIP = 20.0
+"""Largest weight that ``phi_softmax`` gives a cell where ``mask.clip`` is not set; their mean is 1 before."""
 
 
 class MaskInput(NamedTuple):
@@ -23,6 +27,8 @@ class MaskInput(NamedTuple):
     batch: Batch
     targets: TargetEncoder
     config: MaskConfig
+    scores: Tensor | None = None
+    """[B, 1, h, w] best score of the teacher's head at each of its cells, for ``phi_softmax``."""
 
 
 def mean_over(cells: Tensor) -> Tensor:
@@ -50,21 +56,69 @@ def balanced(given: MaskInput) -> Tensor:
     return mean_over(cells.float()) + mean_over((given.valid & ~cells).float())
 
 
-def gt_gauss(given: MaskInput) -> Tensor:
-    """Squared sum over classes of the ground truth's Gaussians, over the number of cells (SimDistill's CMD mask)."""
+def true_heat(given: MaskInput) -> Tensor:
+    """The ground truth's Gaussians [B, C, H, W] on the student's grid."""
     boxes, labels, sample = flatten_boxes(given.batch.boxes, given.batch.labels)
     encoded = given.targets.encode(boxes, labels)
-    heat = given.targets.heatmap(encoded, labels, sample, len(given.teacher), torch.ones_like(boxes[:, 0]))
-    weight = heat.sum(1, keepdim=True)
+    return given.targets.heatmap(encoded, labels, sample, len(given.teacher), torch.ones_like(boxes[:, 0]))
+
+
+def gt_gauss(given: MaskInput) -> Tensor:
+    """Squared sum over classes of the ground truth's Gaussians, over the number of cells (SimDistill's CMD mask)."""
+    weight = resized(true_heat(given).sum(1, keepdim=True), grid_of(given.teacher))
     if given.config.clip is not None:
         weight = weight.clamp(max=given.config.clip)
     return weight**2 * given.valid / given.valid.sum().clamp(min=1)
 
 
+def by_sample(weight: Tensor) -> Tensor:
+    """Weights that make the mean over samples of each sample's weighted mean; zero where it has no weight."""
+    return weight / weight.sum((1, 2, 3), keepdim=True).clamp(min=1e-6) / len(weight)
+
+
+def phi_softmax(given: MaskInput) -> Tensor:
+    """PointDistiller's weights: a softmax over a sample's cells of the teacher's best score, clipped.
+
+    Zhang et al., "PointDistiller", CVPR 2023 reweighs distillation by a softmax of importance; of a camera teacher's
+    scores over BEV pillars it is our choice.
+
+    Raises:
+        ValueError: the scores are not given.
+    """
+    if given.scores is None:
+        raise ValueError("mask 'phi_softmax' weighs by the scores of the teacher's head: give them")
+    logits = resized(given.scores, grid_of(given.teacher)) / given.config.temperature
+    share = logits.masked_fill(~given.valid, torch.finfo(logits.dtype).min).flatten(1).softmax(1).view_as(logits)
+    phi = share * given.valid.sum((1, 2, 3), keepdim=True)
+    return by_sample(phi.clamp(max=given.config.clip or CLIP) * given.valid)
+
+
+def uniform(given: MaskInput) -> Tensor:
+    """All cells of a sample alike."""
+    return by_sample(given.valid.float())
+
+
+def gt_heat(given: MaskInput) -> Tensor:
+    """The ground truth's Gaussians, their largest over classes; a sample without a box has no weight."""
+    return by_sample(resized(true_heat(given).amax(1, keepdim=True), grid_of(given.teacher)) * given.valid)
+
+
+def grid_of(maps: Tensor) -> tuple[int, int]:
+    """Cells along y and x of maps [..., H, W]."""
+    return maps.shape[-2], maps.shape[-1]
+
+
+PILLARS: dict[str, Callable[[MaskInput], Tensor]] = {
+    "phi_softmax": phi_softmax,
+    "uniform": uniform,
+    "gt_heat": gt_heat,
+}
+"""Masks that a teacher's head maps may have as well, by name."""
 MASKS: dict[str, Callable[[MaskInput], Tensor]] = {
     "none": everywhere,
     "occupied": occupied,
     "balanced": balanced,
     "gt_gauss": gt_gauss,
+    **PILLARS,
 }
 """Masks of dense terms by name."""

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from models.center_head import REGRESSION
 from models.detector import Batch, Prediction
-from models.distill.distances import ELEMENTWISE, quality_focal, soft_gaussian_focal
-from models.distill.features import valid_cells
+from models.distill.distances import ELEMENTWISE, bernoulli_divergence, quality_focal, soft_gaussian_focal
+from models.distill.features import check_tasks, valid_cells
+from models.distill.masks import PILLARS, MaskInput, mean_over
 from models.distill.term import Outcome, Term
 from models.distill.terms import TermConfig
 from models.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
 
 POSITIVE = 0.1
-"""A teacher's score above which a cell counts in the normaliser of a heatmap that is compared everywhere."""
+"""A teacher's score above which a cell counts as positive where no threshold is set."""
 
 
 class OutputTerm(Term):
@@ -32,6 +33,7 @@ class OutputTerm(Term):
     teacher's score unless the mask says ``weighted: false``. What does not pass the mask's threshold is background.
     """
 
+    distances: tuple[str, ...] = (*ELEMENTWISE, "gfl", "qfl")
 
     def __init__(self, config: TermConfig, targets: TargetEncoder) -> None:
         super().__init__(config)
@@ -40,9 +42,9 @@ class OutputTerm(Term):
                              f"'{config.student}'")
         if config.adapter.kind != "id":
             raise ValueError(f"adapter '{config.adapter.kind}' does not apply to outputs: use id")
-        known = (*ELEMENTWISE, "gfl", "qfl")
-        if config.distance not in known:
-            raise ValueError(f"distance '{config.distance}' does not apply to outputs: use one of {', '.join(known)}")
+        if config.distance not in self.distances:
+            raise ValueError(f"distance '{config.distance}' does not apply to outputs: use one of "
+                             f"{', '.join(self.distances)}")
         masks = self.masks(config.distance)
         if config.mask.kind not in masks:
             raise ValueError(f"mask '{config.mask.kind}' does not apply to outputs with distance {config.distance}: "
@@ -107,19 +109,22 @@ class HeadTerm(OutputTerm):
 
     The mask says which reading: with ``teacher_conf`` X³KD's, in which a task's regression counts by its best class
     that passes the threshold; with ``none`` (heatmaps) and ``gt_centers`` (regression at the true boxes' centres)
-    SimDistill's MMD-P, in which each task has its own normaliser and the tasks' losses are summed.
+    SimDistill's MMD-P, in which each task has its own normaliser and the tasks' losses are summed; with those of
+    ``PILLARS`` our reconstruction of Structured KD's response per pillar, a mean weighted cell by cell.
+
+    ``kl`` is plain logit distillation: the divergence of the scores, summed over classes, mean over cells.
     """
+
+    distances = (*OutputTerm.distances, "kl")
 
     def __init__(self, config: TermConfig, targets: TargetEncoder, teacher_channels: int) -> None:
         super().__init__(config, targets)
-        expected = targets.classes + CODE_SIZE * len(targets.task_sizes)
-        if teacher_channels != expected:
-            raise ValueError(f"'{config.teacher}' has {teacher_channels} channels, the student's head {expected}: "
-                             "teacher and student need the same tasks")
+        check_tasks(config.teacher, teacher_channels, targets)
 
     def masks(self, distance: str) -> tuple[str, ...]:
         """Masks that a distance can have."""
-        return ("teacher_conf", *{"gfl": (), "qfl": ("none",)}.get(distance, ("gt_centers",)))
+        known = {"gfl": ("teacher_conf",), "qfl": ("teacher_conf", "none", *PILLARS), "kl": ("none",)}
+        return known.get(distance, ("teacher_conf", "gt_centers", *PILLARS))
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
         """See :class:`Term`; the teacher's map is [B, sum of the head's channels, H, W] as ``head_map`` makes it."""
@@ -129,14 +134,16 @@ class HeadTerm(OutputTerm):
         if self.config.mask.kind == "gt_centers":
             return Outcome(self._at_centres(student, head, valid, batch))
         score = _heatmaps(head).sigmoid()
+        if self.config.mask.kind in PILLARS:
+            given = MaskInput(maps, valid, batch, self.targets, self.config.mask, score.amax(1, keepdim=True))
+            weight = PILLARS[self.config.mask.kind](given)
+            return Outcome((self._of_pillars(student, head, score) * weight).sum())
+        if self.config.distance == "kl":
+            divergence = bernoulli_divergence(_heatmaps(student.head), _heatmaps(head)).sum(1, keepdim=True)
+            return Outcome((divergence * mean_over(valid.float())).sum())
         if self.config.mask.kind == "none":
             return Outcome(self._everywhere(student, score, valid))
-        score = score * ((score > self.threshold) & valid)
-        if self.config.distance in ELEMENTWISE:
-            return Outcome(self._regression(student, head, score))
-        peak = (score > 0) & (score == F.max_pool2d(score, 3, stride=1, padding=1))
-        loss = self.classification(_heatmaps(student.head), score, peak) * valid
-        return Outcome(loss.sum() / peak.sum().clamp(min=1))
+        return Outcome(self._confident(student, head, score * ((score > self.threshold) & valid), valid))
 
     def _as_head(self, maps: Tensor, layout: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """A teacher's map as the maps of each task, split as the student's own are."""
@@ -150,11 +157,33 @@ class HeadTerm(OutputTerm):
         return [dict(zip(task, part.split(size, dim=1), strict=True))
                 for task, part, size in zip(layout, tasks, sizes, strict=True)]
 
-    def _regression(self, student: Prediction, head: list[dict[str, Tensor]], score: Tensor) -> Tensor:
-        """Distance of the codes of all cells, averaged by weight."""
-        weight = self.weights(torch.stack([part.amax(1) for part in score.split(self.targets.task_sizes, dim=1)], 1))
-        distance = self.code_distance(_codes(student.head).movedim(2, -1), _codes(head).movedim(2, -1)).sum(-1)
-        return (distance * weight).sum() / weight.sum().clamp(min=1)
+    def _of_pillars(self, student: Prediction, head: list[dict[str, Tensor]], score: Tensor) -> Tensor:
+        """Loss [B, 1, H, W] of each cell.
+
+        Heatmaps: summed over classes. Codes: their mean, summed over the tasks of which the teacher takes the cell for
+        an object's.
+        """
+        if self.config.distance == "qfl":
+            return quality_focal(_heatmaps(student.head), score).sum(1, keepdim=True)
+        distance = self._code_distances(student, head).mean(-1)
+        return (distance * (self._best_of_tasks(score) > POSITIVE)).sum(1, keepdim=True)
+
+    def _confident(self, student: Prediction, head: list[dict[str, Tensor]], score: Tensor, valid: Tensor) -> Tensor:
+        """The loss where the teacher is sure: of scores [B, C, H, W] that are 0 where it is not."""
+        if self.config.distance in ELEMENTWISE:
+            weight = self.weights(self._best_of_tasks(score))
+            return (self._code_distances(student, head).sum(-1) * weight).sum() / weight.sum().clamp(min=1)
+        peak = (score > 0) & (score == F.max_pool2d(score, 3, stride=1, padding=1))
+        loss = self.classification(_heatmaps(student.head), score, peak) * valid
+        return loss.sum() / peak.sum().clamp(min=1)
+
+    def _best_of_tasks(self, score: Tensor) -> Tensor:
+        """Best score [B, T, H, W] of each task, of scores [B, C, H, W]."""
+        return torch.stack([part.amax(1) for part in score.split(self.targets.task_sizes, dim=1)], dim=1)
+
+    def _code_distances(self, student: Prediction, head: list[dict[str, Tensor]]) -> Tensor:
+        """Distance of the codes of all cells, [B, T, H, W, 10]."""
+        return self.code_distance(_codes(student.head).movedim(2, -1), _codes(head).movedim(2, -1))
 
     def _everywhere(self, student: Prediction, score: Tensor, valid: Tensor) -> Tensor:
         """Quality focal loss over all cells, of each task by how many of them the teacher takes for an object's."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from models.detector import Batch, Prediction
 from models.distill.adversarial import AdversarialTerm
-from models.distill.features import MapTerm
+from models.distill.features import MapTerm, check_tasks
 from models.distill.instances import InstanceTerm
 from models.distill.output import BoxTerm, HeadTerm
+from models.distill.relations import RELATIONS
 from models.distill.term import Term
 from models.distill.terms import TermConfig
 from models.targets import TargetEncoder
@@ -59,7 +60,7 @@ class Recipe(nn.Module):
     @property
     def teacher_taps(self) -> set[str]:
         """``<teacher>.<tap>`` that the batch must hold."""
-        return {term.config.teacher for term in self.terms.values()}
+        return {tap for term in self.terms.values() for tap in term.config.teacher_taps}
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch,
                 progress: float) -> dict[str, Tensor]:
@@ -100,13 +101,25 @@ def build_term(config: TermConfig, targets: TargetEncoder, student_channels: Map
         return InstanceTerm(config, _channels(config.student, student_channels, "the student"), stride, targets.classes)
     if tap == "boxes":
         return BoxTerm(config, targets)
-    teacher = _channels(config.teacher, teacher_channels, "the store")
+    widths = {name: _channels(name, teacher_channels, "the store") for name in sorted(config.teacher_taps)}
+    teacher = widths[config.teacher]
     if tap == "head" and config.student == "head":
         return HeadTerm(config, targets, teacher)
+    if config.distance in RELATIONS:
+        return _known(RELATIONS[config.distance](config, targets), student_channels)
+    if (head := config.beside("head")) in widths:
+        check_tasks(head, widths[head], targets)
     student, std = _channels(config.student, student_channels, "the student"), statistics.get(config.teacher)
     if config.distance == "bce_adv":
         return AdversarialTerm(config, student, teacher, std)
     return MapTerm(config, student, teacher, std, targets)
+
+
+def _known(term: Term, student_channels: Mapping[str, int]) -> Term:
+    """The term, if the student has all that it reads."""
+    for tap in sorted(term.student_taps):
+        _channels(tap, student_channels, "the student")
+    return term
 
 
 def _channels(tap: str, known: Mapping[str, int], whose: str) -> int:

@@ -17,13 +17,15 @@ class MaskConfig(Strict):
     """Where a term looks."""
 
     kind: str = "none"
-    """For dense maps a name in ``masks.MASKS``; for boxes ``none`` or ``teacher_conf``."""
+    """For dense maps a name in ``masks.MASKS``; what other terms take is in docs/models.md."""
     threshold: float = Field(default=0.3, ge=0, le=1)
     """``teacher_conf``: score above which a teacher's box, head cell or instance counts."""
     weighted: bool = True
     """Whether regression from a teacher's boxes or head maps is weighted by the teacher's score."""
     clip: float | None = Field(default=None, gt=0)
-    """``gt_gauss``: largest weight of a cell."""
+    """Largest weight of a cell: of ``gt_gauss`` (default unbounded), of ``phi_softmax`` (default ``masks.CLIP``)."""
+    temperature: float = Field(default=0.1, gt=0)
+    """``phi_softmax``: of the softmax over the cells' scores."""
 
 
 class AdapterConfig(Strict):
@@ -44,7 +46,8 @@ class TermConfig(Strict):
     """``<teacher>.<tap>``."""
     mask: MaskConfig = MaskConfig()
     adapter: AdapterConfig = AdapterConfig()
-    distance: Literal["l1", "l2", "sl1", "gfl", "qfl", "bce_adv", "maskrcnn"]
+    distance: Literal["l1", "l2", "sl1", "gfl", "qfl", "kl", "cos_rel", "kl_rel", "attention", "similarity", "bce_adv",
+                      "maskrcnn"]
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training after which the term counts."""
@@ -54,6 +57,17 @@ class TermConfig(Strict):
     """``sl1``: difference below which the distance is quadratic."""
     code_weights: tuple[float, ...] | None = Field(default=None, min_length=10, max_length=10)
     """Regression into the head: factors of the ten codes' differences, inside the distance; default all 1."""
+
+    @property
+    def teacher_taps(self) -> frozenset[str]:
+        """``<teacher>.<tap>`` that the term reads: its own, and what its distance and its mask look at beside it."""
+        previous = {self.beside("bev_prev")} if self.distance == "kl_rel" else set()
+        head = {self.beside("head")} if self.mask.kind == "phi_softmax" else set()
+        return frozenset({self.teacher} | previous | head)
+
+    def beside(self, tap: str) -> str:
+        """``<teacher>.<tap>`` of another tap of the term's teacher."""
+        return f"{self.teacher.partition('.')[0]}.{tap}"
 
     @model_validator(mode="after")
     def _teacher_tap(self) -> TermConfig:

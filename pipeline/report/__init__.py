@@ -4,5 +4,6 @@ Reads what the evaluation stages published and nothing else: no torch, no data s
 """
 
 from pipeline.report.build import build
+from pipeline.report.efficiency import Pair
 
-__all__ = ["build"]
+__all__ = ["Pair", "build"]

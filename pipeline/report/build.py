@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.report import charts
 from pipeline.report.cost import read_costs
+from pipeline.report.efficiency import NOTE, Pair, PairCost
+from pipeline.report.efficiency import efficiency as efficiency_of
 from pipeline.report.features import Features
 from pipeline.report.features import features as features_of
 from pipeline.report.fusions import fusions as fusions_of
@@ -24,8 +26,9 @@ from pipeline.report.segmenters import METRICS
 from pipeline.report.segmenters import segmenters as segmenters_of
 from pipeline.report.stores import augmentations, stored_taps
 from pipeline.report.tables import comparison, difference, learning_notes, markdown, notes, number, plain
+from pipeline.report.tradeoff import SIZE, families, tradeoff
 
-TEACHER_SLOTS = 3  # colours of the page's style sheet, given out in turn
+TEACHER_SLOTS = 5  # colours of the page's style sheet, given out in turn
 VARIANT_SLOTS = 8
 
 
@@ -49,11 +52,14 @@ def build(
     profile: str,
     teachers: Sequence[str],
     fusions: Sequence[str],
+    large: Sequence[str],
     parts: Mapping[str, str],
     starts: Collection[str],
     segmenters: Sequence[str],
     stores: Sequence[str],
     variants: Mapping[str, Mapping[str, Any]],
+    baselines: Collection[str],
+    pairs: Sequence[Pair],
     featured: Sequence[str],
     seeds: Sequence[int],
     learned_from: Mapping[str, str],
@@ -74,11 +80,14 @@ def build(
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
         fusions: names of the fusion teachers of the study.
+        large: names of the large camera teachers of the study.
         parts: sensor -> the one of the teachers that fusion teachers take it from.
         starts: those of the teachers that others start from and nobody learns from.
         segmenters: names of the instance segmentation teachers of the study.
         stores: names of the stores of the study.
-        variants: the study's variants in order, name -> its entry of params.yaml; the first is the baseline.
+        variants: the study's variants in order, name -> its entry of params.yaml; the first is a baseline.
+        baselines: those of them that the ones behind them are compared with, beside the first.
+        pairs: of a large camera teacher and a student.
         featured: those of them whose simulated LiDAR features are shown.
         seeds: seeds of the study.
         learned_from: teachers and "students" -> the split that they learned from.
@@ -92,10 +101,11 @@ def build(
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, teachers, rows, seeds, starts, fusions)
+    study = load_study(metrics, teachers, rows, seeds, starts, fusions, large, baselines)
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
     fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)
+    efficient = efficiency_of(study, pairs, costs)
     simulated = features_of(features, featured, seeds, scenes)
     taps = stored_taps(cards, stores)
     html = _template().render(
@@ -108,6 +118,11 @@ def build(
         profile_note=profile_note(profile, len(seeds)),
         costs=costs,
         fusions=fused,
+        efficient=efficient,
+        efficiency_note=NOTE,
+        tradeoffs=[tradeoff(efficient, costs, metric) for metric in ("mAP", "NDS")] if efficient else [],
+        families=families(efficient),
+        plane=SIZE,
         features=simulated,
         segmenters=segmenters_of(metrics, predictions, segmenters, scenes),
         segmenter_metrics=METRICS,
@@ -130,14 +145,28 @@ def build(
         "fusions": {fusion.name: {"parts": dict(parts), "ahead": fusion.ahead} for fusion in fused},
         "features": {entry.variant: _correlations(entry) for entry in simulated},
         "cost": costs.numbers,
+        "efficiency": [pair.numbers for pair in efficient],
     }
     verdicts = [fusion.verdict for fusion in fused]
     return Report(
         html,
-        f"{markdown(table, [*lines, *verdicts])}\n{markdown(costs.table, [costs.note])}",
+        "\n".join([markdown(table, [*lines, *verdicts]), markdown(costs.table, [costs.note]), *_texts(efficient)]),
         plain(comparison(study, brief=True), [*lines, *verdicts]),
         json.dumps(numbers, indent=2, allow_nan=False) + "\n",
     )
+
+
+def _texts(pairs: Sequence[PairCost]) -> list[str]:
+    """The tables of pairs in Markdown; what compression is stands under the last."""
+    last = len(pairs) - 1
+    return [
+        part
+        for index, pair in enumerate(pairs)
+        for part in (
+            f"{markdown(pair.costs, []).rstrip()}\n",
+            markdown(pair.results, [*filter(None, [pair.warning]), *[NOTE] * (index == last)]),
+        )
+    ]
 
 
 def _correlations(entry: Features) -> dict[str, Any]:
@@ -146,8 +175,8 @@ def _correlations(entry: Features) -> dict[str, Any]:
 
 
 def _best(study: Study) -> Arm | None:
-    """The variant with the highest mean mAP, the baseline left out."""
-    means = [(mean.mean, arm) for arm in study.variants[1:] if (mean := arm.mean("mAP"))]
+    """The variant with the highest mean mAP, baselines left out."""
+    means = [(mean.mean, arm) for arm in study.variants if arm not in study.baselines and (mean := arm.mean("mAP"))]
     return max(means, key=lambda pair: pair[0])[1] if means else None
 
 

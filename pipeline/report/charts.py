@@ -67,10 +67,14 @@ def _bar(study: Study, arm: Arm, metric: str, scale: float) -> Bar:
 
 def round_ticks(top: float, count: int = 5) -> list[float]:
     """Ticks 0, step, 2 step, ... that reach `top`, the step being 1, 2 or 5 times a power of ten."""
-    rough = top / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    step = round_step(top / count)
     return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def round_step(rough: float) -> float:
+    """The first of 1, 2 and 5 times powers of ten that is not below a step."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,28 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """Teachers and variants that belong in one table. The first variant is the baseline."""
+    """Teachers and variants that belong in one table. The first variant is a baseline; there may be more."""
 
-    teachers: list[Arm]  # and starts, fusion teachers last
+    teachers: list[Arm]  # and starts; then fusion teachers, then large ones
     variants: list[Arm]
     seeds: list[int]
+    later_baselines: frozenset[str] = frozenset()  # names of variants
 
     @property
     def baseline(self) -> Arm:
-        """The variant that the others are compared with: the first of the study."""
+        """The first baseline: the first variant of the study."""
         return self.variants[0]
+
+    @property
+    def baselines(self) -> list[Arm]:
+        """All of them, in the order of the study."""
+        return [self.baseline, *(arm for arm in self.variants[1:] if arm.name in self.later_baselines)]
+
+    def baseline_of(self, arm: Arm) -> Arm:
+        """What an arm is compared with: the last baseline up to it, for teachers the first one."""
+        names = [variant.name for variant in self.variants]
+        upto = names.index(arm.name) if arm.kind == "student" else 0
+        return [other for other in self.baselines if names.index(other.name) <= upto][-1]
 
     @property
     def arms(self) -> list[Arm]:
@@ -99,10 +111,11 @@ class Study:
         return any(arm.row for arm in self.variants)
 
     def gain(self, arm: Arm, metric: str) -> Interval | None:
-        """Difference to the baseline, paired by seed; None for the baseline itself and for teachers."""
-        if arm.kind != "student" or arm.name == self.baseline.name:
+        """Difference to the arm's baseline, paired by seed; None for a baseline itself and for teachers."""
+        baseline = self.baseline_of(arm)
+        if arm.kind != "student" or arm.name == baseline.name:
             return None
-        return paired_difference(arm.values(metric), self.baseline.values(metric))
+        return paired_difference(arm.values(metric), baseline.values(metric))
 
 
 def read_published(path: Path, command: str, required: Sequence[str] = (), or_else: str = "") -> Any:
@@ -143,11 +156,14 @@ def load_study(
     seeds: Sequence[int],
     starts: Collection[str] = (),
     fusions: Sequence[str] = (),
+    large: Sequence[str] = (),
+    baselines: Collection[str] = (),
 ) -> Study:
     """Read `<teacher>.json` and `<variant>-<seed>.json` of a study from a folder.
 
     `variants` are given with the row of a paper's table, or ""; `starts` are those of the teachers that others start
-    from; `fusions` are teachers too. Files of other studies in the folder are left alone. Raises ReportError naming the
+    from; `fusions` and `large` are teachers too; `baselines` are those of the variants that the ones behind them are
+    compared with, beside the first. Files of other studies in the folder are left alone. Raises ReportError naming the
     file and the command that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree
     about the samples.
     """
@@ -155,9 +171,11 @@ def load_study(
         raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
     study = Study(
         [_teacher(folder, name, "start" if name in starts else "teacher", "evaluate_teacher") for name in teachers]
-        + [_teacher(folder, name, "teacher", "evaluate_fusion") for name in fusions],
+        + [_teacher(folder, name, "teacher", "evaluate_fusion") for name in fusions]
+        + [_teacher(folder, name, "teacher", "evaluate_large") for name in large],
         [_variant(folder, name, row, seeds) for name, row in variants.items()],
         list(seeds),
+        frozenset(baselines),
     )
     _check_comparable(folder, study)
     return study

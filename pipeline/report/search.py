@@ -40,6 +40,7 @@ def summary(
             arm.name: {
                 "row": arm.row,
                 "student": variants[arm.name]["student"],
+                "baseline": study.baseline_of(arm).name,
                 "terms": _weights(variants[arm.name]),
                 **{metric: rounded(arm.mean(metric)) for metric in METRICS},
                 "runs": {str(seed): {metric: run[metric] for metric in METRICS} for seed, run in arm.runs.items()},

@@ -82,7 +82,7 @@ def notes(study: Study, profile: str) -> list[str]:
     else:
         lines.append(
             f"Mean ± half-width of the 95 % t-interval over {len(study.seeds)} seeds; "
-            f"Δ: difference to {study.baseline.name}, paired by seed."
+            f"Δ: difference to {_baselines(study)}, paired by seed."
         )
     if study.absent:
         lines.append(
@@ -90,6 +90,11 @@ def notes(study: Study, profile: str) -> list[str]:
             "`mAP present` is the mean over the other classes."
         )
     return lines
+
+
+def _baselines(study: Study) -> str:
+    names = [arm.name for arm in study.baselines]
+    return names[0] if len(names) == 1 else f"the last of {', '.join(names)} above"
 
 
 def learning_notes(split: str, learned_from: Mapping[str, str], seen: Collection[str]) -> list[str]:

@@ -24,8 +24,9 @@ from data.boxes import box_corners, transform_boxes
 from data.build import build_index
 from data.classes import CLASSES
 from data.instances import ImageInstances
-from models.detector import build_detector
+from models.detector import Detector, build_detector
 from models.distill import TermConfig
+from models.inherit import inherited
 from models.segmenter import build_segmenter
 from pipeline.params import Params, load_params
 from pipeline.profiles import apply_profile, lay_over
@@ -44,6 +45,26 @@ CONFIGS, IMAGE_CONFIGS = (Path(package.__file__).parent / ".mim/configs" for pac
 ROWS = {"A0": 0, "A1": 2, "A2": 1, "A3": 1, "A4": 4, "A5": 1, "A6": 5}
 """Terms of the rows of the paper's ablation."""
 DEPTH = {"nuscenes-x3kd-r50": 50, "nuscenes-x3kd-r101": 101}
+STRUCTURED = {"bevdepth": ("camera-large", "skd", "large"), "bevformer": ("bevformer-large", "former", "former")}
+"""Of the families of Structured KD the teacher, the variant with everything, and the store."""
+WIDTHS = {
+    "bevdepth": (
+        {"pv": 512, "depth": 112, "bev_lift": 80, "bev_prev": 80, "bev_view": 480, "bev_fused": 160, "bev_neck": 256},
+        {"pv": 512, "depth": 112, "bev_lift": 80, "bev_prev": 80, "bev_view": 480, "bev_fused": 160, "bev_neck": 128},
+    ),
+    "bevformer": (
+        {"pv": 512, "bev_lift": 256, "bev_prev": 256, "bev_view": 1536, "bev_fused": 256, "bev_neck": 256},
+        {"pv": 512, "bev_lift": 128, "bev_prev": 128, "bev_view": 768, "bev_fused": 128, "bev_neck": 128},
+    ),
+}
+"""Channels of the taps of their teacher and student."""
+NECK_OF_DEPTH = {50: [256, 512, 1024, 2048], 18: [64, 128, 256, 512]}
+"""What the student's image neck reads, by the depth of its backbone."""
+REDUCED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bevdepth": ({}, {}),
+    "bevformer": ({"queries": 50}, {"queries": 25}),
+}
+"""Changes of teacher and student for a step at half the height and width of the images."""
 
 
 @pytest.fixture(params=DEPTH)
@@ -69,8 +90,8 @@ def test_every_part_builds_with_the_sizes_of_the_paper(params: Params) -> None:
     """Shapes of methods.md A.1, the rows of the ablation, and what a segmenter and a LiDAR teacher are."""
     student = build_detector(params.student("x3kd").model)
     assert student.images.backbone.depth == DEPTH[params.profile]
-    assert student.tap_channels == {"pv": 512, "depth": 112, "bev_lift": 80, "bev_prev": 80, "bev_fused": 160,
-                                    "bev_neck": 256}
+    assert student.tap_channels == {"pv": 512, "depth": 112, "bev_lift": 80, "bev_view": 480, "bev_prev": 80,
+                                    "bev_fused": 160, "bev_neck": 256}
     assert (student.grid.size, student.stride, params.input.depth_stride) == (128, 16, 16)
     lidar = build_detector(params.teachers["lidar"].model)
     assert lidar.tap_channels == {"bev_lift": 256, "bev_neck": 512}
@@ -118,6 +139,55 @@ def test_simdistill_builds_with_the_sizes_of_the_paper(simdistill: Params) -> No
         assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
     train = simdistill.student("simdistill").train
     assert (train.schedule, train.balanced, train.batch_size, train.lr) == ("one_cycle", True, 48, 1e-3)
+
+
+@pytest.mark.parametrize("family", STRUCTURED)
+def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> None:
+    """Sizes of methods.md C.1, both students, all rows of C.4, and the students inherit from the teacher."""
+    params = laid_over(f"nuscenes-structured-{family}", tmp_path)
+    name, full, store = STRUCTURED[family]
+    teacher = build_detector(params.teachers[name].model)
+    assert teacher.images.backbone.depth == 101
+    assert [type(block[-1].conv2).__name__ for block in deep_stages(teacher)] == (
+        ["FullPrecisionDCNv2"] * 2 if family == "bevformer" else ["Conv2d"] * 2)
+    rows = {row: variant for row, variant in params.variants.items() if row in params.study.variants}
+    assert sorted({variant.row.split()[0] for variant in rows.values()}) == sorted(f"C{i}" for i in range(12))
+    assert len(rows) == 15, "C0 to C11, of which C11 is four"
+    statistics = {f"{store}.{tap}": torch.ones(width) for tap, width in {**teacher.tap_channels, "head": 70}.items()}
+    for depth in NECK_OF_DEPTH:
+        student = build_detector(of_depth(params.student(full).model, depth))
+        assert (student.images.backbone.depth, student.image) == (depth, (256, 704))
+        assert (teacher.tap_channels, student.tap_channels) == WIDTHS[family]
+        assert (student.grid, student.grid.size) == (teacher.grid, 128)
+        assert (student.frames, teacher.frames) == (2, 2)
+        if family == "bevformer":
+            assert [(one.cells.size, len(one.encoder.layers)) for one in (teacher, student)] == [(200, 6), (100, 3)]
+        for variant in rows.values():
+            terms = {term: TermConfig(**config) for term, config in variant.terms.items()}
+            assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
+        assert_inherits(student, teacher, params, full)
+
+
+def deep_stages(detector: Detector) -> list[nn.Module]:
+    """Blocks of the last two stages of the image backbone."""
+    backbone = detector.images.backbone
+    return [getattr(backbone, name) for name in backbone.res_layers[2:]]
+
+
+def of_depth(model: dict[str, Any], depth: int) -> dict[str, Any]:
+    """A student's config with an image backbone of another depth, as the profile's first lines say."""
+    backbone, neck = model["image_backbone"] | {"depth": depth}, model["image_neck"]
+    return model | {"image_backbone": backbone, "image_neck": neck | {"in_channels": NECK_OF_DEPTH[depth]}}
+
+
+def assert_inherits(student: Detector, teacher: Detector, params: Params, variant: str) -> None:
+    """All weights of the modules that a variant inherits come from the teacher, at the student's size."""
+    (start,) = params.student(variant).starts
+    assert [start.teacher] == params.study.teachers
+    weights, own = teacher.state_dict(), student.state_dict()
+    for name, weight in own.items():
+        if name.partition(".")[0] in (start.only or []):
+            assert inherited(student, name, weights[name]).shape == weight.shape, name
 
 
 def assert_mmdet3ds_centerpoint(lidar: nn.Module) -> None:
@@ -178,6 +248,42 @@ def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroo
     assert finite_step(task, batch) == {"heatmap", "box", "depth", *(f"distill/{name}" for name in terms)}
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", STRUCTURED)
+def test_a_step_of_structured_kd_on_a_real_keyframe(family: str, real_dataroot: Path, tmp_path: Path) -> None:
+    """All five terms against the teacher's maps; images of half the height and width, and fewer queries."""
+    params = on_real_keyframes(laid_over(f"nuscenes-structured-{family}", tmp_path), real_dataroot, tmp_path)
+    size = [length // 2 for length in params.input.image.size]
+    params = overlaid(f"input: {{image: {{size: {size}}}}}\n", tmp_path)
+    changes = REDUCED[family]
+    losses, shapes_of_taps = structured_step(params, family, changes[0], {"image": [128, 352], **changes[1]},
+                                             real_dataroot, tmp_path)
+    assert losses == {"heatmap", "box", *(["depth"] if family == "bevdepth" else []),
+                      *(f"distill/{name}" for name in params.variants[STRUCTURED[family][1]].terms)}
+    side, width = (128, 80) if family == "bevdepth" else (50, 256)
+    assert shapes_of_taps == {"bev_lift": [1, width, side, side], "bev_prev": [1, width, side, side],
+                              "bev_view": [1, 6 * width, side, side], "head": [1, 70, 128, 128]}
+
+
+def structured_step(params: Params, family: str, teacher_changes: dict[str, Any], student_changes: dict[str, Any],
+                    dataroot: Path, folder: Path) -> tuple[set[str], dict[str, list[int]]]:
+    """Names of the losses of a step with all of Structured KD's terms, and the shapes of what the teacher gave."""
+    name, variant, store = STRUCTURED[family]
+    build_index(dataroot, VERSION, [SPLIT], folder / INDEX, sweeps=params.input.sweeps)
+    seed_everything(MODEL, 0)
+    student = build_detector(params.student(variant).model | student_changes)
+    batch = collate([training_dataset(folder, params, student, 0, SPLIT)[(0, 0, 0)]])
+    batch.has_previous[:] = True  # the real keyframes have none; frame 1 repeats frame 0
+    terms = {term: TermConfig(**config) for term, config in params.variants[variant].terms.items()}
+    taps = {tap.partition(".")[2] for term in terms.values() for tap in term.teacher_taps}
+    teacher = OnlineTeacher(build_detector(params.teachers[name].model | teacher_changes), taps, 0.0,
+                            torch.device("cpu"))
+    outputs = {f"{store}.{tap}": value for tap, value in teacher(batch).items()}
+    statistics = {tap: torch.ones(value.shape[1]) for tap, value in outputs.items()}
+    task = Distillation(student, make_recipe(student, terms, statistics), lambda _: outputs)
+    return finite_step(task, batch), {tap.partition(".")[2]: list(value.shape) for tap, value in outputs.items()}
+
+
 def finite_step(task: Supervised | Distillation, batch: Batch) -> set[str]:
     """Names of the losses of a forward and a backward pass in bfloat16, of which all that comes out is finite."""
     task.module.train()
@@ -195,9 +301,14 @@ def finite_step(task: Supervised | Distillation, batch: Batch) -> set[str]:
 
 def on_real_keyframes(params: Params, dataroot: Path, folder: Path) -> Params:
     """The profile with the real keyframes instead of trainval."""
-    path = folder / "params.yaml"
     data = f"{{dataroot: {dataroot}, version: {VERSION}, splits: {{train: {SPLIT}, val: {SPLIT}}}}}"
-    path.write_text(lay_over(path.read_text(), f"data: {data}\n", "test"))
+    return overlaid(f"data: {data}\n", folder)
+
+
+def overlaid(text: str, folder: Path) -> Params:
+    """The folder's params.yaml with other values."""
+    path = folder / "params.yaml"
+    path.write_text(lay_over(path.read_text(), text, "test"))
     return load_params(path)
 
 

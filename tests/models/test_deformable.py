@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from mmcv.ops import MultiScaleDeformableAttention
+from mmcv.ops import ModulatedDeformConv2dPack, MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
-from models.deformable import HAS_KERNEL, KINDS, DeformableSelfAttention, GeometryCompensation, deformable_attention
+from models.deformable import (
+    HAS_KERNEL,
+    KINDS,
+    DeformableSelfAttention,
+    FullPrecisionDCNv2,
+    GeometryCompensation,
+    deformable_attention,
+)
 
 SHAPE = (5, 7)
 
@@ -192,3 +199,16 @@ def test_a_terminal_sees_no_warning_about_widths() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GeometryCompensation(80, heads=8)
+
+
+def test_a_backbones_deformable_convolution_is_mmcvs_in_full_precision_and_any_layout() -> None:
+    """mmcv's own refuses bfloat16 on a CPU, and maps that are not contiguous."""
+    ours, theirs = (kind(6, 8, 3, stride=2, padding=1, bias=False)
+                    for kind in (FullPrecisionDCNv2, ModulatedDeformConv2dPack))
+    theirs.load_state_dict(trained(ours).state_dict())
+    x = torch.randn(2, 6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = theirs(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = ours(x.to(memory_format=torch.channels_last))
+    assert given.dtype == torch.float32
+    torch.testing.assert_close(given, expected)

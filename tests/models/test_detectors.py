@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from models.depth_net import DepthBins, depth_loss
-from models.detector import Detector, build_detector
+from models.bev_pool import bev_pool_reference
+from models.depth_net import DepthBins, camera_parameters, depth_loss
+from models.detector import Detector, build_detector, head_map
+from models.images import resized
 from tests.models.factory import (
+    CAMERAS,
     COMPENSATION,
+    IMAGE,
     RADAR_MAP,
     camera_config,
     fusion_config,
@@ -50,7 +54,8 @@ def test_every_tap_has_the_declared_channels(case: tuple[Detector, Any]) -> None
     prediction = detector(batch, [*detector.tap_channels, "head", "boxes"])
     for name, channels in detector.tap_channels.items():
         views = name in ("pv", "depth")
-        assert prediction.taps[name].shape[2 if views else 1] == channels
+        expected = channels * CAMERAS // 6 if name == "bev_view" else channels  # nuScenes has six
+        assert prediction.taps[name].shape[2 if views else 1] == expected
         assert views or prediction.taps[name].shape[-2:] == (32, 32)
     assert prediction.taps["head"].shape == (2, 70, 32, 32)
 
@@ -251,3 +256,47 @@ def test_voxels_with_spconv_detect_on_the_same_grid() -> None:
         prediction = detector(batch, ["bev_lift"])
     assert prediction.taps["bev_lift"].shape == (2, 256, 32, 32)
     assert len(detector.decode(prediction)) == 2
+
+
+def test_the_parts_of_the_cameras_are_what_each_is_lifted_to_alone() -> None:
+    """`bev_view` against the pooling by definition, with the depth of all other cameras set to zero; they add up."""
+    torch.manual_seed(0)
+    detector, batch = build_detector(camera_config()).eval(), random_batch(batch_size=2)
+    with torch.no_grad():
+        taps = detector(batch, ["bev_lift", "bev_view", "pv"]).taps
+        parts = taps["bev_view"].unflatten(1, (CAMERAS, -1))
+        lift = detector.lift
+        camera = camera_parameters(batch.intrinsics[:, 0].flatten(0, 1), batch.image_aug[:, 0].flatten(0, 1),
+                                   batch.lidar_SE3_cam[:, 0].flatten(0, 1), IMAGE)
+        logits, context = lift.depth_net(taps["pv"].flatten(0, 1), camera)
+        cells = lift._cells(batch, 0, taps["pv"].shape[-2:], views=False)
+        features, depth = (x.permute(0, 2, 3, 1) for x in (context, logits.softmax(1)))
+        for number in range(CAMERAS):
+            alone = torch.zeros_like(depth)
+            alone[number::CAMERAS] = depth[number::CAMERAS]
+            count = 2 * lift.cells.size**2
+            pooled = bev_pool_reference(features.flatten(0, 2), alone.flatten(0, 2), cells, count)
+            expected = pooled.view(2, lift.cells.size, lift.cells.size, -1).permute(0, 3, 1, 2)
+            assert expected.abs().sum() > 0
+            assert torch.allclose(parts[:, number], expected, atol=1e-5)
+    assert torch.allclose(parts.sum(1), taps["bev_lift"], atol=1e-5)
+
+
+def test_parts_of_the_cameras_need_a_lift_without_convolutions() -> None:
+    detector = build_detector(camera_config(downsample=2))
+    assert "bev_view" not in detector.tap_channels
+    with pytest.raises(ValueError, match="bev_view: the parts of the cameras do not add up behind convolutions"):
+        detector(random_batch(), ["bev_view"])
+
+
+def test_a_detector_with_a_size_of_its_own_sees_the_batch_brought_to_it() -> None:
+    torch.manual_seed(0)
+    small = build_detector(camera_config(image=[16, 32])).eval()
+    plain = build_detector(camera_config()).eval()
+    plain.load_state_dict(small.state_dict())
+    batch = random_batch()
+    at_size = resized(batch, (16, 32), 8)
+    with torch.no_grad():
+        found, expected = small(batch), plain(at_size)
+        assert torch.equal(head_map(found.head), head_map(expected.head))
+        assert small.loss(found, batch) == plain.loss(expected, at_size)

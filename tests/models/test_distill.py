@@ -53,7 +53,7 @@ def student() -> Detector:
 
 
 def recipe(student: Detector, teacher_channels: int = 12, std: Tensor | None = None, **terms: dict[str, Any]) -> Recipe:
-    channels = {"lidar.bev_lift": teacher_channels, "online.head": HEAD_CHANNELS}
+    channels = {"lidar.bev_lift": teacher_channels, "lidar.head": HEAD_CHANNELS, "online.head": HEAD_CHANNELS}
     return Recipe({name: TermConfig(**term) for name, term in terms.items()}, student.targets, student.tap_channels,
                   channels, None if std is None else {"lidar.bev_lift": std}, stride=8)
 
@@ -68,8 +68,9 @@ def teacher_outputs(batch: Any, channels: int = 12, count: int = 10) -> dict[str
     generator = torch.Generator().manual_seed(1)
     lift = torch.randn(len(batch.boxes), channels, SIZE, SIZE, generator=generator).relu()
     lift = lift * (torch.rand(len(batch.boxes), 1, SIZE, SIZE, generator=generator) < 0.3)
+    head = 2 * torch.randn(len(batch.boxes), HEAD_CHANNELS, SIZE, SIZE, generator=generator) - 1
     return {"lidar.boxes": [teacher_boxes(count, 5 + i) for i in range(len(batch.boxes))], "lidar.bev_lift": lift,
-            "online.head": 2 * torch.randn(len(batch.boxes), HEAD_CHANNELS, SIZE, SIZE, generator=generator) - 1,
+            "online.head": head, "lidar.head": head.clone(),
             "instance.inst2d": [[instances(min(count, 3), seed=9 * i + j) for j in range(CAMERAS)]
                                 for i in range(len(batch.boxes))]}
 
@@ -356,13 +357,12 @@ def test_a_channel_that_never_fires_does_not_rule_the_loss(student: Detector) ->
     assert terms.terms["term"].std.min() > 0.04
 
 
-@pytest.mark.parametrize("kind", ["conv1x1", "conv3x3bnrelu", "decoder", "resize"])
+@pytest.mark.parametrize("kind", ["conv1x1", "conv3x3bnrelu", "decoder", "resize", "projection"])
 def test_every_adapter_reaches_the_teachers_shape(student: Detector, kind: str) -> None:
     assert kind in ADAPTERS
     batch = random_batch()
-    channels = 32 if kind == "resize" else 12
-    outputs = {"lidar.bev_lift": torch.rand(2, channels, 16, 16) if kind == "resize"
-               else torch.rand(2, channels, SIZE, SIZE)}
+    channels, size = 32 if kind == "resize" else 12, 16 if kind in ("resize", "projection") else SIZE
+    outputs = {"lidar.bev_lift": torch.rand(2, channels, size, size)}
     terms = recipe(student, channels, term=XFD | {"adapter": {"kind": kind}})
     assert terms(student(batch, ["bev_neck"]), outputs, batch, 0.0)["term"].isfinite()
 
@@ -453,6 +453,7 @@ def test_instances_need_a_student_with_images(student: Detector) -> None:
     (CLS | DENSE | {"mask": {"kind": "none"}, "distance": "gfl"}, "does not apply to outputs .* gfl: use teacher_conf"),
     (CLS | {"teacher": "other.head"}, r"the store has no dense tap 'other\.head'"),
     (XIS | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
+    (XFD | {"teacher": "online.bev_lift", "mask": {"kind": "phi_softmax"}}, r"no dense tap 'online\.bev_lift'"),
     (XFD | {"adapter": {"kind": "id"}}, "keeps the student's 32 channels, the teacher's tap has 12"),
     (XFD | {"student": "bev_prev"}, "the student has no dense tap 'bev_prev'"),
     (XFD | {"teacher": "fusion.bev_fused"}, r"the store has no dense tap 'fusion\.bev_fused'"),

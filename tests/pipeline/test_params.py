@@ -50,7 +50,10 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             {"variants__xod__terms": {"cls": BOXES | {"teacher": "lidar.box"}}},
             ["variants.xod.terms.cls.teacher", "lidar.box", "did you mean 'boxes'"],
         ),
-        ({"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}}, ["unknown store", "allowed: fusion"]),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}},
+            ["unknown store", "allowed: former, fusion"],
+        ),
         ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
         ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
         ({"study__stores": []}, ["variants.xod.terms.", "needs store 'lidar' in study.stores []"]),
@@ -91,7 +94,11 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
         ({"students__camera__start": {"teacher": "stert"}}, ["students.camera.start.teacher", "did you mean 'start'"]),
         (
             {"students__camera__start": {"teacher": "fusion"}},
-            ["variants.baseline", "'fusion'", "study.teachers ['lidar', 'start'] and study.fusions [] lack"],
+            [
+                "variants.baseline",
+                "'fusion'",
+                "is not in study.teachers ['lidar', 'start'], study.fusions [] or study.large []",
+            ],
         ),
         ({"study__parts": {"lidar": "lidar"}, "study__fusions": REMOVED}, ["camera: missing", "fusions: missing"]),
         ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
@@ -194,6 +201,28 @@ OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
             {"study": {"fusions": ["fusion"], "parts": {"lidar": "fusion"}}},
             ["study.parts.lidar: study.fusions need 'fusion' in study.teachers ['lidar', 'start']"],
         ),
+        ({"study": {"large": ["camera-larg"]}}, ["study.large: 'camera-larg' is unknown; did you mean 'camera-large'"]),
+        (
+            {"study": {"large": ["lidar"]}},
+            ["study.large: ['lidar'] are in study.teachers or study.fusions too", "trained in one way"],
+        ),
+        (
+            {"study": {"large": ["camera-large"], "teachers": ["lidar"]}},
+            ["study.parts.camera: study.large need 'start' in study.teachers ['lidar']"],
+        ),
+        ({"study": {"baselines": ["xod-reg"]}}, ["study.baselines: 'xod-reg' is unknown; did you mean 'xod'?"]),
+        (
+            {"study": {"variants": ["baseline", "skd"]}},
+            ["variants.skd: its student starts from teacher 'small', which is not in study.teachers"],
+        ),
+        (
+            {"variants": {"baseline": {"start": [{"teacher": "stert", "only": ["images"]}]}}},
+            ["variants.baseline.start.teacher: 'stert' is unknown; did you mean 'start'?"],
+        ),
+        (
+            {"variants": {"baseline": {"start": {"teacher": "start", "resample": True}}}},
+            ["resample brings modules of another size", "name them in only"],
+        ),
         ({"study": {"featured": ["xid"]}}, ["study.featured: 'xid' is unknown; did you mean 'xod'?"]),
         ({"study": {"featured": ["simdistill"]}}, ["'simdistill' is unknown; allowed: baseline, xod"]),
         ({"study": {"stores": ["lidar", "fusion"]}}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
@@ -207,8 +236,10 @@ OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
         ),
         (
             {"study": {"variants": ["imd"]}},
-            ["variants.imd: its student starts from teacher 'fusion', which study.teachers ['lidar', 'start'] and "
-             "study.fusions [] lack"],
+            [
+                "variants.imd: its student starts from teacher 'fusion', which is not in ",
+                "study.teachers ['lidar', 'start'], study.fusions [] or study.large []",
+            ],
         ),
         (
             {"students": {"camera": {"start": CAMERA_START}}},

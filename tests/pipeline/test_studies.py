@@ -26,7 +26,7 @@ params:
         ema_decay: 0.5  # another
   input: {image: {size: [96, 320]}}
 study: {variants: [baseline,
-  xfd], featured: [], seeds: [3]}
+  xfd], baselines: [], featured: [], seeds: [3]}
 """
 
 

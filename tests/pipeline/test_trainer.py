@@ -83,6 +83,42 @@ def test_rate_stays_between_zero_and_the_peak(total: int, warmup: float, shape: 
     assert all(0 <= rate <= 0.1 + 1e-12 for rate in rates)
 
 
+# --- factors of the rate
+
+
+def test_a_module_moves_by_its_factor_and_a_frozen_one_not_at_all(tmp_path: Path) -> None:
+    """AdamW's first step is the rate itself in every weight, whatever the gradient, so the factor shows exactly."""
+    task = ToyTask(norm=False)
+    before = {name: value.clone() for name, value in task.module.state_dict().items()}
+    changes = {
+        "lr_factors": {"0": 0.0, "5": 0.1},
+        "ema_decay": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup": 0.0,
+    }
+    after = fit(tmp_path / "slow", task=task, epochs=1, batch_size=20, **changes)
+    assert torch.equal(after["0.weight"], before["0.weight"])
+    assert torch.equal(after["0.bias"], before["0.bias"])
+    plain = fit(tmp_path / "plain", task=ToyTask(norm=False), epochs=1, batch_size=20, **changes | {"lr_factors": {}})
+    assert not torch.equal(plain["0.weight"], before["0.weight"])
+    moved, free = (state["5.weight"] - before["5.weight"] for state in (after, plain))
+    assert torch.allclose(moved, 0.1 * free, atol=1e-7)
+    assert float(free.abs().max()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_innermost_factor_counts() -> None:
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    groups = parameter_groups(module, 0.1, {"0": 0.5, "0.1": 0.25})
+    factor = {id(p): group["factor"] for group in groups for p in group["params"]}
+    assert [factor[id(part.weight)] for part in (module[0][0], module[0][1], module[1])] == [0.5, 0.25, 1.0]
+
+
+def test_an_unknown_module_of_a_factor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"lr_factors: the model has no module 'head'; it has 0, 1, 2, 3, 4, 5"):
+        fit(tmp_path, lr_factors={"head": 0.1})
+
+
 # --- average
 
 

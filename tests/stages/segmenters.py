@@ -37,7 +37,13 @@ def values(**changes: Any) -> dict[str, Any]:
     taps = {"inst2d": {"serve": "cached-exact"}}
     raw["stores"] = {"instance": {"teacher": "instance", "score_threshold": 0.0, "taps": taps}}
     raw["variants"] = {}
-    raw["study"] |= {"segmenters": ["instance"], "stores": ["instance"], "variants": [], "featured": []}
+    raw["study"] |= {
+        "segmenters": ["instance"],
+        "stores": ["instance"],
+        "variants": [],
+        "featured": [],
+        "baselines": [],
+    }
     root = {"root": "outputs/city", "train": f"{INSTANCES}/train.json", "val": f"{INSTANCES}/val.json"}
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}, "instances": root},

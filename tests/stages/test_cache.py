@@ -139,7 +139,11 @@ def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     project.write(
         project.params
         | {"stores": STORES, "variants": {"plain": plain}}
-        | {"study": project.params["study"] | study | {"variants": ["plain"], "featured": [], "seeds": [0]}}
+        | {
+            "study": project.params["study"]
+            | study
+            | {"variants": ["plain"], "featured": [], "baselines": [], "seeds": [0]}
+        }
     )
     project.set(
         data={"splits": {"train": "val", "val": "val"}},  # of the tiny city, the split with more keyframes

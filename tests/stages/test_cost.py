@@ -1,4 +1,4 @@
-"""The cost of models: counts against closed forms, latency as a median over turns, one measurement per config."""
+"""The cost of models: counts and memory against closed forms, medians over turns, one measurement per config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from pipeline.params import Params, read_yaml
 from pipeline.stage import StageContext, Stop
 from pipeline.tracking import NullTracker
 from stages import cost
-from stages.cost import Cost, MultiplyAdds, device_name, latencies_ms, multiply_adds, parameters_of
+from stages.cost import (
+    MultiplyAdds,
+    Turns,
+    device_name,
+    measure,
+    multiply_adds,
+    parameters_of,
+    pass_seconds,
+    peak_memory,
+)
 from stages.synthetic import RADAR_RETURNS, random_samples
 from tests.models.factory import COMPENSATION, GRID, IMAGE, camera_config, fusion_config, lidar_config, simulated_config
 
@@ -37,6 +46,7 @@ def params() -> Params:
         "lidar": {**start, "model": lidar_config()},
         "start": {**start, "model": camera_config()},
         "fusion": {**start, "model": fusion_config()},
+        "large": {**start, "model": camera_config(frames=2)},
     }
     models = {"camera": camera_config(), "simulated": simulated_config()}
     raw["students"] = {name: {"start": None, "model": model, "train": start["train"]} for name, model in models.items()}
@@ -46,7 +56,7 @@ def params() -> Params:
         "compensated": {"student": "simulated", "terms": {}, "model": COMPENSATION},
     }
     raw["study"] |= {"teachers": ["lidar", "start"], "fusions": ["fusion"], "variants": list(raw["variants"])}
-    raw["study"] |= {"stores": [], "segmenters": [], "featured": []}
+    raw["study"] |= {"large": ["large"], "stores": [], "segmenters": [], "featured": [], "baselines": []}
     raw["stores"] = {}
     return Params.model_validate(raw)
 
@@ -90,7 +100,32 @@ def test_products_within_attention_are_counted_without_gradients() -> None:
     assert counted.of() == 3 * 5 * 8 * 4
 
 
-def test_latency_is_the_median_of_what_follows_the_warm_up_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+class Holding(nn.Module):
+    """Holds 1000 numbers, then these and 3000, then the latter and 500, returns the last; 1 << 20 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1 << 20))
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        first = torch.empty(1000)
+        second = torch.empty(3000)
+        del first
+        return torch.empty(500) if len(second) else second
+
+
+def test_memory_is_what_a_pass_holds_at_once_beside_weights_and_input() -> None:
+    batch = SimpleNamespace(images=torch.empty(1 << 20))
+    for _ in range(2):
+        assert peak_memory(Holding(), batch) == 4 * 4000  # type: ignore[arg-type]
+
+
+def test_memory_is_measured_without_a_word_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    peak_memory(Holding(), SimpleNamespace(images=torch.empty(0)))  # type: ignore[arg-type]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pass_takes_the_median_of_what_follows_the_warm_up_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     clock = {"fast": iter([9.0] * 3 + [float(i) for i in range(15)]), "slow": iter([90.0] * 3 + [0.02] * 8 + [5.0] * 7)}
 
@@ -99,8 +134,39 @@ def test_latency_is_the_median_of_what_follows_the_warm_up_in_turns(monkeypatch:
         return next(clock[detector])
 
     monkeypatch.setattr(cost, "_seconds", seconds)
-    assert latencies_ms(["fast", "slow"], None) == [7000.0, 20.0]  # type: ignore[list-item, arg-type]
+    assert pass_seconds(["fast", "slow"], None, Turns(3, 15)) == [7.0, 0.02]  # type: ignore[list-item, arg-type]
     assert order == ["fast", "slow"] * 18
+
+
+class Timed(nn.Linear):
+    """A product that says in which precision it was made."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.seen: set[torch.dtype] = set()
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        made = super().forward(batch.images)
+        self.seen.add(made.dtype)
+        return made
+
+
+def test_speed_is_measured_in_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: Any = {size: SimpleNamespace(images=torch.rand(size, 4)) for size in (1, 8)}
+
+    def seconds(detector: nn.Module, batch: Any) -> float:
+        half = detector(batch).dtype == torch.bfloat16
+        return {1: 0.004, 8: 0.016}[len(batch.images)] / (2 if half else 1)
+
+    monkeypatch.setattr(cost, "_seconds", seconds)
+    model: Any = Timed()
+    (found,) = measure([model], batches, [torch.float32, torch.bfloat16])
+    assert model.seen == {torch.float32, torch.bfloat16}
+    assert found.numbers() == {
+        "parameters": 20, "multiply_adds": 16, "latency_ms": 4.0, "throughput_1": 250.0, "throughput_8": 500.0,
+        "peak_memory": 16, "latency_ms_bfloat16": 2.0, "throughput_1_bfloat16": 500.0, "throughput_8_bfloat16": 1000.0,
+        "peak_memory_bfloat16": found.speeds["bfloat16"].peak_memory,
+    }  # fmt: skip
 
 
 def test_the_stage_measures_every_model_once(
@@ -108,7 +174,7 @@ def test_the_stage_measures_every_model_once(
 ) -> None:
     built: list[dict[str, Any]] = []
     monkeypatch.setattr(cost, "build_detector", lambda config: built.append(config) or build_detector(config))
-    monkeypatch.setattr(cost, "REPEATS", 1)
+    monkeypatch.setattr(cost, "TURNS", {1: Turns(0, 1), 8: Turns(0, 1)})
     context = StageContext(
         "cost", None, params, StageSpec("cost", None, "", {}, {}, ("reports/cost.json",)), tmp_path, tmp_path,
         NullTracker(), Stop(), 0,
@@ -116,30 +182,37 @@ def test_the_stage_measures_every_model_once(
     cost.run(context)
     content = json.loads((tmp_path / "reports/cost.json").read_text())
     assert {name: list(content[name]) for name in ("teachers", "variants")} == {
-        "teachers": ["lidar", "start", "fusion"],
+        "teachers": ["lidar", "start", "fusion", "large"],
         "variants": ["baseline", "again", "compensated"],
     }
-    assert len(built) == 4
+    assert len(built) == 5
+    # The previous frame's images are there for all models, and only the one that reads them pays for them.
+    assert content["teachers"]["large"]["multiply_adds"] > 1.2 * content["teachers"]["start"]["multiply_adds"]
     assert content["teachers"]["start"] == content["variants"]["baseline"] == content["variants"]["again"]
-    assert (content["image"], content["frames"], content["precision"]) == ([32, 64], 1, "float32")
+    assert (content["image"], content["frames"], content["precisions"]) == ([32, 64], 2, ["float32"])
+    assert content["repeats"] == {"1": 1, "8": 1}
     assert content["threads"] == torch.get_num_threads()
     student = build_detector(simulated_config(**COMPENSATION))
     numbers = content["variants"]["compensated"]
     assert numbers["parameters"] == parameters_of(student)
     assert numbers["multiply_adds"] == multiply_adds(student.eval(), collate(random_samples(params, 1)))
     assert numbers["multiply_adds"] > content["variants"]["baseline"]["multiply_adds"]
-    assert all(Cost(**entry).latency_ms > 0 for name in ("teachers", "variants") for entry in content[name].values())
+    keys = ("parameters", "multiply_adds", "latency_ms", "throughput_1", "throughput_8", "peak_memory")
+    for entry in [*content["teachers"].values(), *content["variants"].values()]:
+        assert tuple(entry) == keys
+        assert min(entry.values()) > 0
+        assert entry["throughput_1"] == pytest.approx(1e3 / entry["latency_ms"], rel=1e-2)
     assert str(tmp_path) not in json.dumps(content)
 
 
 def test_made_up_samples_hold_what_the_parameters_say(params: Params) -> None:
     (sample,) = random_samples(params, 1)
-    assert sample.images.shape == (1, 6, 3, *IMAGE)
+    assert sample.images.shape == (2, 6, 3, *IMAGE)
     assert len(sample.radar) == 5 * 6 * RADAR_RETURNS
     assert sample.points[:, :2].abs().max() < GRID["range"]
-    bare = params.model_copy(update={"input": params.input.model_copy(update={"radar": False, "frames": 2})})
+    bare = params.model_copy(update={"input": params.input.model_copy(update={"radar": False, "frames": 1})})
     (sample,) = random_samples(bare, 1)
-    assert (len(sample.images), len(sample.radar)) == (2, 0)
+    assert (len(sample.images), len(sample.radar)) == (1, 0)
 
 
 def test_a_cpu_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
         f"from-{name}": {"student": "camera", "terms": terms_of(name, *kinds_of(name))} for name in STORES
     } | {"baseline": {"student": "camera", "terms": {}}}
     raw["students"]["camera"] |= {"model": camera_config(), "start": None}
-    raw["study"] |= {"variants": [], "featured": [], "stores": ["exact", "half", "small", "mixed"]}
+    raw["study"] |= {"variants": [], "featured": [], "baselines": [], "stores": ["exact", "half", "small", "mixed"]}
     train = {"epochs": 1, "batch_size": 2, "precision": "bf16-mixed", "workers": 0, "checkpoint_minutes": 0}
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},

@@ -57,7 +57,8 @@ def values(taps: dict[str, Any] = PLAIN, **changes: Any) -> dict[str, Any]:
     """The project's params.yaml on the small grid, without variants."""
     raw = read_yaml(ROOT / "params.yaml")
     raw["stores"] = {"lidar": {"teacher": "lidar", "score_threshold": 0.1, "taps": taps}}
-    raw["variants"], raw["study"] = {}, raw["study"] | {"stores": ["lidar"], "variants": [], "featured": []}
+    raw["variants"] = {}
+    raw["study"] |= {"stores": ["lidar"], "variants": [], "featured": [], "baselines": []}
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
         "input": {"sweeps": 1},

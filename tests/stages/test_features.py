@@ -122,7 +122,9 @@ def test_the_keyframes_are_those_of_evaluate(project: Path, city: Path) -> None:
 
 
 def test_a_student_without_compensation_is_shown_once(project: Path, city: Path) -> None:
-    params = parse(city, study={"variants": ["baseline", "sim-uncompensated"], "featured": ["sim-uncompensated"]})
+    params = parse(
+        city, study={"variants": ["baseline", "sim-uncompensated"], "featured": ["sim-uncompensated"], "baselines": []}
+    )
     folder, content = run(project, params, "sim-uncompensated-0")
     assert content["mean"]["before"] is None
     assert {entry["before"] for entry in content["keyframes"]} == {None}

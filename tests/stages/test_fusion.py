@@ -75,7 +75,13 @@ def parse(**changes: Any) -> Params:
         "store": {"shard_samples": 4, "calibration_samples": SAMPLES, "gap_samples": 0},
         "teachers": {"fusion": {"train": train}},
         "students": {"simulated": {"train": train}},
-        "study": {"segmenters": [], "stores": ["fusion"], "variants": ["simdistill", "online"], "featured": []},
+        "study": {
+            "segmenters": [],
+            "stores": ["fusion"],
+            "variants": ["simdistill", "online"],
+            "featured": [],
+            "baselines": [],
+        },
     }
     return Params.model_validate(merge(merge(raw, overlay), changes))
 

@@ -20,12 +20,14 @@ from data.classes import CLASSES
 from data.index import Index
 from pipeline.graph import Node
 from pipeline.params import Params, merge, read_yaml
-from pipeline.report import build
+from pipeline.report import Pair, build
 from pipeline.report.build import Report
 from pipeline.report.charts import curve_path, graph, reduced, round_ticks
+from pipeline.report.efficiency import Compression, compression
 from pipeline.report.results import ERRORS, ReportError, load_study
 from pipeline.report.statistics import mean_interval, paired_difference
-from stages.report import learned_from, stage_graph, starts
+from pipeline.report.tradeoff import log_ticks, side_by_side, span_ticks
+from stages.report import learned_from, pairs, stage_graph, starts
 from stages.report import seen as seen_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,19 +71,27 @@ SEGMENTER = {
     },
 }  # fmt: skip
 
+
+def cost_of(parameters: float, multiply_adds: float, latency: float) -> dict[str, float]:
+    """In millions, thousands of millions and milliseconds."""
+    return {
+        "parameters": parameters * 1e6, "multiply_adds": multiply_adds * 1e9, "latency_ms": latency,
+        "throughput_1": 1e3 / latency, "throughput_8": 2e3 / latency, "peak_memory": latency * 1e5,
+    }  # fmt: skip
+
+
 COST: dict[str, Any] = {
-    "device": "Some CPU", "threads": 2, "torch": "2.13.0", "precision": "float32", "image": [128, 352], "frames": 1,
-    "repeats": 15,
+    "device": "Some CPU", "threads": 2, "torch": "2.13.0", "precisions": ["float32"], "image": [128, 352], "frames": 1,
+    "repeats": {"1": 15, "8": 3},
     "teachers": {
-        name: {"parameters": 650_000, "multiply_adds": 1_180_000_000, "latency_ms": 44.0}
-        for name in ("lidar", "fusion")
+        **{name: cost_of(0.65, 1.18, 44.0) for name in ("lidar", "fusion")},
+        **{name: cost_of(3.2, 10.0, 160.0) for name in ("giant", "former")},
     },
     "variants": {
-        "baseline": {"parameters": 1_600_000, "multiply_adds": 2_500_000_000, "latency_ms": 80.0},
-        "xfd": {"parameters": 1_600_000, "multiply_adds": 2_500_000_000, "latency_ms": 80.0},
-        "xod-<b>": {"parameters": 1_800_000, "multiply_adds": 3_500_000_000, "latency_ms": 100.0},
+        "baseline": cost_of(1.6, 2.5, 80.0), "xfd": cost_of(1.6, 2.5, 80.0), "xod-<b>": cost_of(1.8, 3.5, 100.0),
     },
 }  # fmt: skip
+PAIR = Pair("giant", "camera", "CameraBEVDepth", ["baseline"], ["xfd"])
 
 
 def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -148,6 +158,18 @@ def add_fusion(root: Path, mean_ap: float, score: float) -> None:
     make_predictions(np.random.default_rng(1), root / "predictions/fusion", content)
 
 
+def add_large(root: Path, score: float, alone: float, taught: float, name: str = "giant") -> None:
+    """A large teacher with this NDS; the baseline and xfd get theirs, a tenth of the seed's number apart."""
+    content = json.loads((root / "metrics/lidar.json").read_text())
+    (root / f"metrics/{name}.json").write_text(json.dumps({**content, "NDS": score}))
+    make_predictions(np.random.default_rng(2), root / f"predictions/{name}", content)
+    for variant, mean in (("baseline", alone), ("xfd", taught)):
+        paths = sorted((root / "metrics").glob(f"{variant}-*.json"))
+        for index, path in enumerate(paths):
+            value = mean + 0.1 * (index - (len(paths) - 1) / 2)
+            path.write_text(json.dumps({**json.loads(path.read_text()), "NDS": value}))
+
+
 def add_features(root: Path, seeds: list[int], before: float | None = 0.2) -> None:
     """Features of xfd, better by 0.1 and a tenth of the seed after compensation."""
     for seed in seeds:
@@ -162,9 +184,10 @@ def add_features(root: Path, seeds: list[int], before: float | None = 0.2) -> No
 
 def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
     given: dict[str, Any] = {
-        "profile": "demo", "teachers": ["lidar"], "fusions": [], "parts": {"lidar": "lidar"}, "starts": [],
-        "featured": [], "segmenters": ["instance"], "stores": ["lidar"],
-        "variants": VARIANTS, "seeds": seeds, "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
+        "profile": "demo", "teachers": ["lidar"], "fusions": [], "large": [], "parts": {"lidar": "lidar"}, "starts": [],
+        "featured": [], "baselines": [], "segmenters": ["instance"], "stores": ["lidar"],
+        "variants": VARIANTS, "pairs": [], "seeds": seeds,
+        "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
@@ -269,22 +292,182 @@ def test_instance_teachers_have_a_section_of_their_own(tmp_path: Path) -> None:
 def test_costs_are_compared_with_the_baselines(tmp_path: Path) -> None:
     report = make_report(make_study(tmp_path, [0]), [0])
     expected = {
-        "lidar": ["0.65", "0.41 ×", "1.18", "0.47 ×", "44.0", "0.55 ×"],
-        "baseline": ["1.60", "1.00 ×", "2.50", "1.00 ×", "80.0", "1.00 ×"],
-        "xfd": ["1.60", "1.00 ×", "2.50", "1.00 ×", "80.0", "1.00 ×"],
-        "xod-<b>": ["1.80", "1.12 ×", "3.50", "1.40 ×", "100.0", "1.25 ×"],
+        "lidar": ["0.65 (0.41 ×)", "1.18 (0.47 ×)", "44.0 (0.55 ×)", "22.7 (1.82 ×)", "45.5 (1.82 ×)", "4.4 (0.55 ×)"],
+        "baseline": [f"{text} (1.00 ×)" for text in ("1.60", "2.50", "80.0", "12.5", "25.0", "8.0")],
+        "xfd": [f"{text} (1.00 ×)" for text in ("1.60", "2.50", "80.0", "12.5", "25.0", "8.0")],
+        "xod-<b>": [
+            *("1.80 (1.12 ×)", "3.50 (1.40 ×)", "100.0 (1.25 ×)", "10.0 (0.80 ×)", "20.0 (0.80 ×)", "10.0 (1.25 ×)")
+        ],
     }
     body = cells(section(report, "cost").partition("<tbody>")[2])
-    assert [body[i : i + 7][1:] for i in range(0, len(body), 7)] == list(expected.values())
+    found = [body[i : i + 7][1:] for i in range(0, len(body), 7)]
+    assert found == [[text.replace(" (", "").rstrip(")") for text in row] for row in expected.values()]
     rows = [line.strip("| ").split(" | ") for line in report.markdown.partition("| model | params, M")[2].splitlines()]
     assert {row[0]: row[1:] for row in rows[2:6]} == expected
     assert "median of 15 forward passes at batch 1 in float32 on Some CPU, 2 threads" in report.markdown
     cost = json.loads(report.summary)["cost"]
     assert cost["variants"]["xod-<b>"] == {
         **COST["variants"]["xod-<b>"],
-        "of_baseline": {"parameters": 1.125, "multiply_adds": 1.4, "latency_ms": 1.25},
-    }
+        "of_baseline": {
+            "parameters": 1.125, "multiply_adds": 1.4, "latency_ms": 1.25, "throughput_1": 0.8, "throughput_8": 0.8,
+            "peak_memory": 1.25,
+        },
+    }  # fmt: skip
     assert (cost["device"], list(cost["teachers"])) == ("Some CPU", ["lidar"])
+
+
+def test_what_was_measured_in_half_precision_has_columns_of_its_own(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    halves = {"latency_ms": 20.0, "throughput_1": 50.0, "throughput_8": 90.0, "peak_memory": 2e6}
+    content = json.loads(json.dumps(COST))
+    for entry in [*content["teachers"].values(), *content["variants"].values()]:
+        entry |= {f"{key}_float16": value for key, value in halves.items()}
+    (tmp_path / "cost.json").write_text(json.dumps({**content, "precisions": ["float32", "float16"]}))
+    report = make_report(tmp_path, [0])
+    heads = cells(section(report, "cost").partition("<tbody>")[0])
+    assert [head for head in heads if head.endswith(", float16")] == [
+        "latency, ms, float16", "samples/s at batch 1, float16", "samples/s at batch 8, float16",
+        "peak memory, MB, float16",
+    ]  # fmt: skip
+    assert "| 20.0 (1.00 ×) | 50.0 (1.00 ×) | 90.0 (1.00 ×) | 2.0 (1.00 ×) |" in report.markdown
+
+
+def test_variants_are_compared_with_the_baseline_above_them(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    report = make_report(tmp_path, [0, 1], baselines=["baseline", "xfd"])
+    own, base = (
+        [json.loads((tmp_path / f"metrics/{name}-{seed}.json").read_text())["mAP"] for seed in (0, 1)]
+        for name in ("xod-<b>", "xfd")
+    )
+    gain = mean_interval([a - b for a, b in zip(own, base, strict=True)])
+    assert gain is not None
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in report.markdown.splitlines()[:6]}
+    assert rows["xod-<b>"][4] == f"{gain.mean:+.3f} ± {gain.half:.3f}"
+    assert rows["baseline"][4] == rows["xfd"][4] == "–"
+    assert "difference to the last of baseline, xfd above" in report.plain
+    assert "| xod-<b> | 1.80 (1.12 ×) |" in report.markdown
+    numbers = json.loads(report.summary)["variants"]
+    assert [numbers[name]["baseline"] for name in VARIANTS] == ["baseline", "xfd", "xfd"]
+    assert " to xfd</small>" in report.html  # the tile of the best
+
+
+def test_compression_is_read_off_the_line_of_undistilled_models() -> None:
+    """A student of 1 G beside a teacher of 16 G: half-way in NDS is 4 G, the square root."""
+    alone, teacher = (1e9, 0.2), (16e9, 0.4)
+    assert compression(0.3, alone, teacher) == Compression(pytest.approx(4.0))
+    assert compression(0.25, alone, teacher) == Compression(pytest.approx(2.0))
+    assert compression(0.4, alone, teacher) == Compression(pytest.approx(16.0))
+    assert compression(0.2, alone, teacher) == compression(0.1, alone, teacher) == Compression(1.0)
+    assert compression(0.41, alone, teacher) == Compression(16.0, bound=True)
+    assert str(Compression(16.0, bound=True)) == "≥ 16.00 ×"
+    assert compression(0.3, alone, (16e9, 0.2)) is None  # no better than the student alone
+    assert compression(0.3, alone, (1e9, 0.4)) is None  # no dearer
+
+
+@pytest.mark.parametrize(
+    ("taught", "expected", "factor"),
+    [(0.3, "2.00 ×", 2.0), (0.2, "1.00 ×", 1.0), (0.5, "≥ 4.00 ×", 4.0)],
+)
+def test_a_pair_of_teacher_and_student_is_compared_in_cost_and_accuracy(
+    tmp_path: Path, taught: float, expected: str, factor: float
+) -> None:
+    make_study(tmp_path, [0, 1])
+    add_large(tmp_path, 0.4, 0.2, taught)
+    report = make_report(tmp_path, [0, 1], large=["giant"], pairs=[PAIR])
+    text = section(report, "efficiency")
+    costs, results = (cells(table.partition("</tbody>")[0]) for table in text.split("<tbody>")[1:])
+    assert costs == [
+        "params, M", "3.20", "1.60", "2.00", "multiply-adds, G", "10.00", "2.50", "4.00",
+        "latency, ms", "160.0", "80.0", "2.00", "samples/s at batch 1", "6.2", "12.5", "0.50",
+        "samples/s at batch 8", "12.5", "25.0", "0.50", "peak memory, MB", "16.0", "8.0", "2.00",
+    ]  # fmt: skip
+    assert [results[i].split(" ")[0] for i in (0, 4, 8)] == ["giant", "baseline", "xfd"]
+    assert [results[i] for i in (3, 7, 11)] == ["–", "–", expected]
+    assert results[10].startswith(f"{taught:.3f}± ")
+    assert [line for line in report.markdown.splitlines() if line.startswith("| xfd ")][-1].endswith(f" | {expected} |")
+    (numbers,) = json.loads(report.summary)["efficiency"]
+    assert (numbers["teacher"], numbers["student"], numbers["alone"]) == ("giant", "camera", ["baseline"])
+    assert numbers["teacher_over_student"]["multiply_adds"] == 4.0
+    assert numbers["variants"]["xfd"]["compression"] == pytest.approx(factor)
+    assert numbers["variants"]["xfd"]["at_least"] == expected.startswith("≥")
+    assert "Compression at equal NDS" in text
+    assert "giant (teacher)" in report.plain
+
+
+def test_a_pair_without_a_line_says_so(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    assert '<section id="efficiency">' not in make_report(tmp_path, [0]).html
+    add_large(tmp_path, 0.4, 0.2, 0.3)
+    lonely = make_report(tmp_path, [0], large=["giant"], pairs=[Pair("giant", "camera", "A", [], ["xfd"])])
+    assert "The study has no camera alone" in lonely.markdown
+    assert 'class="undistilled"' not in lonely.html
+    add_large(tmp_path, 0.1, 0.2, 0.3, "former")
+    weak = make_report(tmp_path, [0], large=["former"], pairs=[Pair("former", "camera", "A", ["baseline"], ["xfd"])])
+    assert "former is not dearer and better in NDS than baseline" in section(weak, "efficiency")
+    assert json.loads(weak.summary)["efficiency"][0]["variants"]["xfd"]["compression"] is None
+
+
+def test_marks_stand_where_their_cost_and_accuracy_say(tmp_path: Path) -> None:
+    """Ticks and marks are read off the drawing again: a point is where the axes' labels put it."""
+    make_study(tmp_path, [0, 1])
+    add_large(tmp_path, 0.4, 0.2, 0.3)
+    add_large(tmp_path, 0.5, 0.2, 0.3, "former")
+    others = [PAIR, Pair("former", "camera", "BEVFormer", ["baseline"], ["xfd"])]
+    text = section(make_report(tmp_path, [0, 1], large=["giant", "former"], pairs=others), "efficiency")
+    plot = text.partition('aria-label="NDS over multiply-adds"')[2].partition("</svg>")[0]
+    x = {float(label): float(at) for at, label in re.findall(r'<text x="([\d.]+)" y="306.0"[^>]*>([\d.]+)<', plot)}
+    y = {float(label): float(at) - 4 for at, label in re.findall(r'<text x="-7" y="([\d.]+)"[^>]*>([\d.]+)<', plot)}
+    scale = np.polyfit(np.log(list(x)), list(x.values()), 1), np.polyfit(list(y), list(y.values()), 1)
+    lines = re.findall(r'class="undistilled" d="M([\d.]+),([\d.]+) L([\d.]+),([\d.]+)"', plot)
+    ends = np.array(lines, float)
+    for (cost, score), column in (((2.5, 0.2), 0), ((10.0, 0.4), 2)):
+        point = [np.polyval(scale[0], np.log(cost)), np.polyval(scale[1], score)]
+        np.testing.assert_allclose(ends[0, column : column + 2], point, atol=0.2)
+    assert ends[1, 3] == pytest.approx(np.polyval(scale[1], 0.5), abs=0.2)
+    assert re.findall(r'class="mark (\w+)', plot) == ["teacher", "alone", "taught", "teacher"]
+    assert plot.count('class="interval') == 2  # teachers are one run each
+    assert "<title>giant: NDS 0.400, 10.00 G multiply-adds</title>" in plot
+    shapes = dict(re.findall(r'class="mark teacher[^>]*d="[^ ]* ([ah])[^"]*"><title>(\w+):', plot))
+    assert shapes == {"a": "giant", "h": "former"}  # arcs of a circle, sides of a square
+
+
+def test_axes_enclose_what_they_show() -> None:
+    for low, high in np.random.default_rng(0).uniform(0.01, 1.0, (50, 2)):
+        low, high = sorted((float(low), float(high)))
+        for ticks in (log_ticks(low * 1e9, high * 1e9), [1e9 * tick for tick in span_ticks(low, high)]):
+            assert ticks[0] <= low * 1e9 * (1 + 1e-9)
+            assert ticks[-1] >= high * 1e9 * (1 - 1e-9)
+            assert 2 <= len(ticks) <= 9
+    assert len(span_ticks(0.3, 0.3)) >= 2
+
+
+def test_marks_of_one_cost_do_not_hide_each_other() -> None:
+    assert side_by_side(4) == [0, 10, -10, 20]
+    assert len(set(side_by_side(40))) == 40
+
+
+def test_pairs_are_read_off_the_parameters() -> None:
+    raw = read_yaml(ROOT / "params.yaml")
+    raw["study"] |= {"teachers": ["start", "small"], "fusions": [], "large": ["camera-large", "bevformer-large"]}
+    raw["study"] |= {"stores": ["large", "former"], "segmenters": [], "featured": [], "baselines": []}
+    raw["study"] |= {"variants": ["skd-alone", "skd-inherit", "skd", "former-alone", "former-spatial", "baseline"]}
+    params = Params.model_validate(raw)
+    assert pairs(params) == [
+        Pair("camera-large", "camera-small", "CameraBEVDepth", ["skd-alone"], ["skd-inherit", "skd"]),
+        Pair("bevformer-large", "bevformer-small", "BEVFormer", ["former-alone"], ["former-spatial"]),
+    ]
+    assert starts(params) == {"start", "small"}
+
+
+def test_another_model_of_a_student_is_another_student() -> None:
+    raw = read_yaml(ROOT / "params.yaml")
+    raw["study"] |= {"teachers": ["start", "small"], "fusions": [], "large": ["camera-large"], "stores": ["large"]}
+    raw["study"] |= {"variants": ["skd-alone", "skd", "bare"], "segmenters": [], "featured": [], "baselines": []}
+    raw["variants"]["bare"] = {**raw["variants"]["skd"], "model": {"image": [64, 176]}}
+    assert [(pair.alone, pair.taught) for pair in pairs(Params.model_validate(raw))] == [
+        (["skd-alone"], ["skd"]),
+        ([], ["bare"]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +577,13 @@ def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() ->
     changes: dict[str, Any] = {
         "data": {"splits": {"train": "train", "students": "train[:-16]"}},
         "students": {"camera": {"start": {"teacher": "start"}}},
-        "study": {"teachers": ["lidar", "start"], "fusions": ["fusion"]},
+        "study": {
+            "teachers": ["lidar", "start"],
+            "fusions": ["fusion"],
+            "large": [],
+            "stores": ["lidar", "fusion", "instance"],
+            "variants": ["baseline", "x3kd", "simdistill"],
+        },
     }
     params = Params.model_validate(merge(raw, changes))
     assert starts(params) == {"start"}
@@ -408,9 +597,11 @@ def test_a_part_of_a_fusion_teacher_is_a_start_unless_students_learn_from_it() -
     raw = read_yaml(ROOT / "params.yaml")
     for student in raw["students"].values():
         student["start"] = None
-    raw["study"] |= {"teachers": ["lidar", "start"], "parts": {"lidar": "lidar", "camera": "start"}}
+    raw["study"] |= {"teachers": ["lidar", "start"], "parts": {"lidar": "lidar", "camera": "start"}, "large": []}
+    raw["study"] |= {"stores": ["lidar", "fusion", "instance"], "variants": ["baseline", "x3kd", "simdistill"]}
     assert starts(Params.model_validate(raw)) == {"start"}
-    raw["study"] |= {"fusions": [], "stores": ["lidar", "instance"], "variants": ["baseline"], "featured": []}
+    raw["study"] |= {"fusions": [], "stores": ["lidar", "instance"], "variants": ["baseline"]}
+    raw["study"] |= {"featured": [], "baselines": []}
     assert starts(Params.model_validate(raw)) == set()
 
 
@@ -477,7 +668,9 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ("predictions/instance/00.png", None, "is missing"),
         ("metrics/fusion.json", None, "is missing: run `dvc repro evaluate_fusion@fusion`"),
         ("cost.json", None, "is missing: run `dvc repro cost`"),
+        ("metrics/giant.json", None, "is missing: run `dvc repro evaluate_large@giant`"),
         ("cost.json", "{", "is not JSON"),
+        ("cost.json", json.dumps({"precision": "float32"}), "precisions"),
         ("cost.json", json.dumps({**COST, "variants": {}}), "does not fit the study (KeyError('baseline')): run"),
         ("features/xfd-1/features.json", None, "is missing: run `dvc repro features@xfd-1`"),
         ("features/xfd-1/features.json", "{}", "lacks teacher, mean, keyframes: it is of another version"),
@@ -489,12 +682,13 @@ def test_what_is_missing_is_named_with_what_to_run(
 ) -> None:
     path = make_study(tmp_path, [0, 1]) / file
     add_fusion(tmp_path, 0.6, 0.6)
+    add_large(tmp_path, 0.4, 0.2, 0.3)
     add_features(tmp_path, [0, 1])
     path.unlink()
     if content:
         path.write_text(content)
     with pytest.raises(ReportError, match=f"{re.escape(file)}.*{re.escape(message)}"):
-        make_report(tmp_path, [0, 1], fusions=["fusion"], featured=["xfd"])
+        make_report(tmp_path, [0, 1], fusions=["fusion"], large=["giant"], featured=["xfd"])
 
 
 def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
@@ -533,10 +727,12 @@ class References(HTMLParser):
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     make_study(tmp_path, [0, 1])
     add_fusion(tmp_path, 0.6, 0.6)
+    add_large(tmp_path, 0.4, 0.2, 0.3)
     add_features(tmp_path, [0, 1])
     report = make_report(
-        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=["fusion"], featured=["xfd"]
-    )
+        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=["fusion"], featured=["xfd"],
+        large=["giant"], pairs=[PAIR],
+    )  # fmt: skip
     text = report.html
     page = References()
     page.feed(text)

@@ -15,11 +15,12 @@ from models.detector import build_detector
 from models.distill import TermConfig
 from pipeline.params import StudentParams, load_params
 from stages.distill import Distillation, make_recipe
-from tests.models.factory import random_batch
+from tests.models.factory import CAMERAS, random_batch
 
 PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
 LIFT, HEAD = 48, 70  # channels of the teachers' maps
-MAPS = {"bev_lift": LIFT, "bev_lift_camera": LIFT, "bev_lift_lidar": LIFT, "bev_fused": LIFT, "head": HEAD}
+MAPS = {"bev_lift": LIFT, "bev_lift_camera": LIFT, "bev_lift_lidar": LIFT, "bev_fused": LIFT, "head": HEAD,
+        "bev_view": CAMERAS * LIFT, "bev_prev": LIFT, "bev_neck": 3 * LIFT}  # fmt: skip
 
 # SimDistill's ablation: two branches, IMD, CMD, its mask of objects, MMD-F, MMD-P, compensation in image and BEV.
 COLUMNS = ("branches", "imd", "cmd", "mask", "mmdf", "mmdp", "image", "bev")
@@ -28,6 +29,12 @@ SIMDISTILL = {
     "B6": "xxxxx---", "B7": "xxxxxx--", "B8": "xxxxxxxx", "B9": "xxx-xxxx", "B10": "xxxxxxx-", "B11": "xxxxxx-x",
     "B12 deformable": "xxxxxxxx", "B12 plain": "xxxxxxxx", "B13": "----xx--",
 }  # fmt: skip
+# Structured KD's: relations of views, of timestamps, the response, what is inherited, and by what pillars are weighted.
+STRUCTURED = {
+    "C0": "---- -", "C1": "---x -", "C2": "x--- phi", "C3": "-x-- phi", "C4": "--x- phi", "C5": "xx-- phi",
+    "C6": "xxx- phi", "C7": "xxxx phi", "C8": "xxxx uniform", "C9": "xxxx truth", "C10": "xxxx phi",
+}  # fmt: skip
+WEIGHTING = {"phi_softmax": "phi", "uniform": "uniform", "none": "uniform", "gt_heat": "truth"}
 ROWS = {variant.row: name for name, variant in PARAMS.variants.items() if variant.row}
 
 
@@ -55,11 +62,11 @@ def outputs(batch: Any, size: int) -> dict[str, Any]:
     return {"boxes": rows, "inst2d": cameras} | dense
 
 
-def batch_for(settings: StudentParams) -> Any:
+def batch_for(settings: StudentParams, frames: int) -> Any:
     """A batch with small images, or of the size that a learned position is for."""
     compensation = settings.model.get("image_compensation") or {}
     if (position := compensation.get("position")) is None:
-        return random_batch(batch_size=1)
+        return random_batch(batch_size=1, frames=frames)
     rows, columns = position
     return random_batch(batch_size=1, image=(rows * settings.model["stride"], columns * settings.model["stride"]))
 
@@ -70,9 +77,9 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
     torch.manual_seed(0)
     student = build_detector(settings.model)
     terms = {key: TermConfig(**term) for key, term in variant.terms.items()}
-    taps = {term.teacher: term.teacher.partition(".")[2] for term in terms.values()}
+    taps = {source: source.partition(".")[2] for term in terms.values() for source in term.teacher_taps}
     recipe = make_recipe(student, terms, {t: torch.ones(MAPS[tap]) for t, tap in taps.items() if tap in MAPS})
-    batch = batch_for(settings)
+    batch = batch_for(settings, student.frames)
     said = outputs(batch, student.targets.grid.size)
     task = Distillation(student, recipe, lambda _: {t: said[tap] for t, tap in taps.items()}, variant.truth)
     task.module.train()
@@ -162,3 +169,36 @@ def test_learned_positions_are_those_of_the_image_features() -> None:
     for model in learned:
         sides = [side // model["stride"] for side in PARAMS.input.image.size]
         assert model["image_compensation"]["position"] == sides
+
+
+def structure(name: str) -> str:
+    """A variant's columns of Structured KD's table, read off its start and its terms."""
+    terms = PARAMS.variants[name].terms.values()
+    distances = [term["distance"] for term in terms]
+    inherits = any(start.resample for start in PARAMS.student(name).starts)
+    marks = ["cos_rel" in distances, "kl_rel" in distances, "qfl" in distances, inherits]
+    weighting = {WEIGHTING[term["mask"]["kind"]] for term in terms if term["distance"] in ("qfl", "sl1", "l1")}
+    assert len(weighting) <= 1
+    assert ("qfl" in distances) == ("sl1" in distances)
+    assert ("l1" in distances) == bool({"cos_rel", "kl_rel"} & {*distances})  # relations come with their anchor
+    return "".join("x" if mark else "-" for mark in marks) + f" {weighting.pop() if weighting else '-'}"
+
+
+@pytest.mark.parametrize(("student", "store"), [("camera-small", "large"), ("bevformer-small", "former")])
+def test_every_row_of_structured_kd_is_there_for_each_family(student: str, store: str) -> None:
+    of_student = {name: variant for name, variant in PARAMS.variants.items() if variant.student == student}
+    variants = {variant.row: name for name, variant in of_student.items() if variant.row}
+    assert {row: structure(name) for row, name in variants.items() if not row.startswith("C11")} == STRUCTURED
+    baselines = {row.removeprefix("C11 ") for row in variants if row.startswith("C11 ")}
+    assert baselines == {"features", "attention", "similarity", "logits"}
+    for name in variants.values():
+        assert {term["teacher"].partition(".")[0] for term in PARAMS.variants[name].terms.values()} <= {store}
+
+
+@pytest.mark.parametrize("name", ["skd-frozen", "former-frozen"])
+def test_what_is_frozen_is_what_is_inherited(name: str) -> None:
+    settings = PARAMS.student(name)
+    frozen = {module for module, factor in settings.train.lr_factors.items() if factor == 0}
+    inherited = {module for start in settings.starts if start.resample for module in start.only or ()}
+    assert frozen
+    assert frozen <= inherited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,17 @@ from torch import Tensor
 from models.detector import Detector, build_detector
 from pipeline.params import load_params
 from pipeline.stage import StageError
+from stages.large import start_from_camera
 from stages.weights import WEIGHTS, save_detector, start_from, start_in_part
-from tests.models.factory import COMPENSATION, camera_config, fusion_config, lidar_config, simulated_config
+from tests.models.factory import (
+    COMPENSATION,
+    camera_config,
+    fusion_config,
+    lidar_config,
+    second,
+    second_fpn,
+    simulated_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,3 +178,83 @@ def test_a_named_module_that_fits_in_part_is_refused(parts: dict[str, Path]) -> 
     with pytest.raises(StageError, match=r"module 'fuser' fits the SimulatedFusion but for fuser\.conv\.weight"):
         start_in_part(student, parts["fusion"], ["images", "fuser"])
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published camera detector of two frames."""
+    torch.manual_seed(20)
+    config, folder = camera_config(frames=2), tmp_path_factory.mktemp("teacher") / "large"
+    save_detector(folder, config, build_detector(config).state_dict())
+    return folder
+
+
+NARROW = {"depth_net": {"mid_channels": 16, "context_channels": 6, "blocks": 1}, "frames": 2}
+HALF_NECK = second_fpn([8, 8], [1, 2]) | {"out_channels": [8, 8]}
+HALF = {**NARROW, "bev_backbone": second(12, [1, 2]) | {"out_channels": [8, 8]}, "bev_neck": HALF_NECK}
+
+
+def test_a_student_of_half_the_width_inherits_every_second_channel(teacher: Path) -> None:
+    student = build_detector(camera_config(**HALF))
+    before, given = copies(student), load_file(teacher / WEIGHTS)
+    filled = start_in_part(student, teacher, ["bev_backbone", "bev_neck", "head"], resample=True)
+    assert {name.partition(".")[0] for name in filled} == {"bev_backbone", "bev_neck", "head"}
+    own = student.state_dict()
+    first = "bev_backbone.blocks.0.0.weight"  # 24 inputs (two frames of 12) to 16 of the teacher, 12 to 8 here
+    assert torch.equal(own[first], given[first][::2, ::2] * 2)
+    assert torch.equal(own["bev_backbone.blocks.0.1.bias"], given["bev_backbone.blocks.0.1.bias"][::2])
+    shared = "head.shared_conv.conv.weight"  # equal outputs, half as many inputs
+    assert torch.equal(own[shared], given[shared][:, ::2] * 2)
+    last = "head.task_heads.0.output.weight"
+    assert torch.equal(own[last], given[last])
+    assert all(torch.equal(value, before[name]) for name, value in own.items() if name not in filled)
+
+
+def test_a_student_of_the_teachers_size_inherits_bit_for_bit(teacher: Path) -> None:
+    student, given = build_detector(camera_config(frames=2)), load_file(teacher / WEIGHTS)
+    filled = start_in_part(student, teacher, ["bev_backbone", "bev_neck", "head"], resample=True)
+    assert all(torch.equal(student.state_dict()[name], given[name]) for name in filled)
+
+
+def test_a_student_inherits_from_no_smaller_teacher(teacher: Path, tmp_path: Path) -> None:
+    student = build_detector(
+        camera_config(
+            frames=2,
+            bev_backbone=second(12, [1, 2]) | {"out_channels": [32, 16]},
+            bev_neck=second_fpn([32, 16], [1, 2]),
+        )
+    )
+    with pytest.raises(StageError, match=r"bev_backbone.blocks.0.0.weight cannot be inherited: .* not narrower"):
+        start_in_part(student, teacher, ["bev_backbone"], resample=True)
+    deeper = build_detector(camera_config(frames=2, bev_backbone=second(12, [1, 2]) | {"layer_nums": [2, 1]}))
+    with pytest.raises(StageError, match=r"module 'bev_backbone' lacks .*blocks\.0\.6.* of the CameraBEVDepth"):
+        start_in_part(deeper, teacher, ["bev_backbone"], resample=True)
+
+
+def test_a_large_teacher_takes_what_the_camera_part_has_for_it(parts: dict[str, Path]) -> None:
+    context = SimpleNamespace(
+        params=SimpleNamespace(study=SimpleNamespace(parts=SimpleNamespace(camera="camera"))),
+        root=parts["camera"].parents[1],
+    )
+    folder = context.root / "outputs/teachers"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "camera").symlink_to(parts["camera"])
+    given = load_file(parts["camera"] / WEIGHTS)
+    former = {
+        "type": "BEVFormer",
+        "channels": 8,
+        "queries": 8,
+        "layers": 1,
+        "heads": 2,
+        "points": 1,
+        "pillar": [-1.0],
+        "feedforward": 8,
+    }
+    plain = {key: value for key, value in camera_config().items() if key not in ("depth_net", "depth_bins")}
+    for config, modules in ((camera_config(frames=2), {"images", "lift"}), (plain | former, {"images"})):
+        detector = build_detector(config)
+        before = copies(detector)
+        start_from_camera(context, detector)  # type: ignore[arg-type]
+        for name, value in detector.state_dict().items():
+            taken = name.partition(".")[0] in modules
+            assert torch.equal(value, given[name] if taken else before[name]), name

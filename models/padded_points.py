@@ -1,0 +1,65 @@
+"""Point clouds to BEV maps with shapes that depend on no value: what an exported graph holds of ``PointLift``.
+
+The pillars that hold points are as many as the scene makes them; here every cell of the map is one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from mmdet3d.models.middle_encoders import PointPillarsScatter
+from torch import Tensor
+
+from models.pillars import PointwisePillarNet
+
+if TYPE_CHECKING:
+    from models.points import PointLift
+
+
+def lift_padded(lift: PointLift, points: Tensor) -> Tensor:
+    """The map [C, h, w] that the lift makes of points [P, features]; those outside its extent do not count.
+
+    Raises:
+        ValueError: naming what of the lift cannot be done with fixed shapes.
+    """
+    encoder, middle = lift.encoder, lift.middle
+    if not isinstance(encoder, PointwisePillarNet) or not isinstance(middle, PointPillarsScatter):
+        raise ValueError(f"export of {type(encoder).__name__} and {type(middle).__name__}: only pillars of "
+                         "PointwisePillarNet on PointPillarsScatter have a graph of fixed shapes")
+    cells = middle.ny * middle.nx
+    _check_limit(lift, min(len(points), cells))
+    xyz = points[:, :3]
+    low = points.new_tensor(lift.grid.point_cloud_range[:3])
+    place = torch.floor((xyz - low) / encoder.size).long()
+    inside = ((place >= 0) & (place < place.new_tensor([middle.nx, middle.ny, 1]))).all(1)
+    pillar = torch.where(inside, place[:, 1] * middle.nx + place[:, 0], cells)
+    # Points that do not count go to one pillar more, which is dropped.
+    pillar = torch.where(earlier(pillar) < lift.voxelize.max_num_points, pillar, cells)
+    center = (place + 0.5) * encoder.size + encoder.low
+    offsets = [xyz - mean_of(xyz, pillar, cells + 1)[pillar], xyz - center]
+    features = encoder.norm(encoder.linear(torch.cat([points, *offsets], dim=1) / encoder.scale)).relu()
+    # No feature is negative, so a pillar without points stays at zero.
+    empty = features.new_zeros(cells + 1, features.shape[1])
+    pooled = empty.scatter_reduce(0, pillar[:, None].expand_as(features), features, "amax")
+    return pooled[:cells].T.unflatten(1, (middle.ny, middle.nx))
+
+
+def earlier(pillar: Tensor) -> Tensor:
+    """How many points before it lie in a point's pillar, [P] of pillars [P]."""
+    return (pillar[:, None] == pillar).tril(-1).sum(1)
+
+
+def mean_of(xyz: Tensor, pillar: Tensor, pillars: int) -> Tensor:
+    """Mean [pillars, 3] of the points [P, 3] of each pillar."""
+    total = xyz.new_zeros(pillars, 3).scatter_add(0, pillar[:, None].expand_as(xyz), xyz)
+    count = xyz.new_zeros(pillars).scatter_add(0, pillar, torch.ones_like(xyz[:, 0]))
+    return total / count.clamp(min=1)[:, None]
+
+
+def _check_limit(lift: PointLift, most: int) -> None:
+    """Refuse a lift that may have to leave pillars out: which ones depends on the points."""
+    limit = lift.voxelize.max_voxels[1]
+    if most > limit:
+        raise ValueError(f"export of a lift with voxel.max_voxels {limit}: {most} pillars may hold points, and a graph "
+                         f"of fixed shapes leaves none out; train with max_voxels {most}")
