@@ -271,6 +271,7 @@ class StudentParams(Section):
     """A student: its model and its training."""
 
     start: Start = None
+    bev: BevParams | None = None  # augmentation of its scenes, instead of input.bev
     model: dict[str, Any]
     train: TrainConfig
 

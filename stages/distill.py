@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from data.augment import BevConfig
 from data.batch import collate
 from data.blobs import BlobError
 from data.dataset import NuScenesDataset
@@ -19,7 +20,7 @@ from data.teacher import TaughtDataset, collate_taught
 from models.detector import Detector, build_detector
 from models.distill import Recipe, TermConfig
 from models.targets import TargetEncoder
-from pipeline.params import ImportParams, StudentParams, TrainConfig, split_key
+from pipeline.params import BevParams, ImportParams, StudentParams, TrainConfig, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything
 from pipeline.stage import StageContext, StageError
 from pipeline.trainer import WATCHED
@@ -82,7 +83,7 @@ def run(context: StageContext) -> None:
         statistics = tap_statistics(context, sources)
         seed_everything(RECIPE, seed)
         task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
-        samples = samples_of(context, student, sources, seed)
+        samples = samples_of(context, student, sources, seed, settings.bev)
         dataset, collate_batch = taught(samples, task.recipe, sources)
         weights = train_stage(context, task, dataset, collate_batch, of_student(settings.train), seed, samples.classes)
     except (StoreError, BlobError, ValidationError) as error:
@@ -188,13 +189,17 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: 
         raise StageError(str(error)) from error
 
 
-def samples_of(context: StageContext, student: Detector, sources: Sources, seed: int) -> NuScenesDataset:
-    """The student's training data, with what online teachers read of the same samples."""
+def samples_of(
+    context: StageContext, student: Detector, sources: Sources, seed: int, bev: BevParams | None = None
+) -> NuScenesDataset:
+    """The student's training data, with what online teachers read of the same samples; `bev` instead of input.bev."""
     params = context.params
     dataset = training_dataset(context.root, params, student, seed, params.data.splits.of_students)
     dataset.modalities |= sources.sensors
-    frames = frames_of(params, student, *(teacher.detector for teacher in sources.online.values()))
-    dataset.config = dataset.config.model_copy(update={"frames": frames})
+    changes: dict[str, Any] = {"frames": frames_of(params, student, *(t.detector for t in sources.online.values()))}
+    if bev is not None:
+        changes["bev"] = BevConfig(**bev.model_dump())
+    dataset.config = dataset.config.model_copy(update=changes)
     return dataset
 
 

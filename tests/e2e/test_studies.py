@@ -11,11 +11,14 @@ import pytest
 from pipeline.params import load_params
 from tests.e2e.conftest import Project
 
-pytestmark = pytest.mark.xdist_group("studies")
+# The largest on one process of the suite, the others on another.
+STUDIES = {"x3kd": "studies", "simdistill": "studies", "structured": "structured"}
 
 
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("study", ["x3kd", "simdistill"])
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    "study", [pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in STUDIES.items()]
+)
 def test_study_runs_all_its_rows(project: Project, study: str) -> None:
     """Every variant is trained, scored and in the table."""
     project.run(sys.executable, "-m", "pipeline", "study", study, "--profile", "smoke")

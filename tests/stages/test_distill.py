@@ -19,7 +19,7 @@ from data.teacher import TaughtDataset
 from models.detector import Detector, build_detector
 from models.distill import TermConfig
 from pipeline.graph import StageSpec
-from pipeline.params import ImportParams, Params, StudentParams, TeacherStart, TrainConfig, merge, read_yaml
+from pipeline.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, TrainConfig, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from pipeline.trainer import WATCHED, minimised
@@ -286,6 +286,26 @@ def test_students_learn_from_their_own_part_of_the_split(root: Path) -> None:
     recipe = make_recipe(student, configs("exact", "cls"), tap_statistics(context, sources))
     dataset, _ = taught(samples, recipe, sources)
     assert isinstance(dataset, TaughtDataset)  # the store holds the whole split
+
+
+def test_a_student_may_turn_scenes_over_less_than_others(root: Path) -> None:
+    context = context_of(root, parse(MOVED), "distill", "x-0")
+    student, sources = build_detector(camera_config()), open_sources(context, {})
+    own = BevParams(**STILL)
+    moved, still = (samples_of(context, student, sources, 0, bev)[0].bev_aug for bev in (None, own))
+    assert not torch.equal(moved, torch.eye(4))
+    assert torch.equal(still, torch.eye(4))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_only_the_keyframes_that_a_student_reads_are_loaded(root: Path, frames: int) -> None:
+    context = context_of(root, parse(input={"frames": 2}), "distill", "x-0")
+    student, sources = build_detector(camera_config(frames=frames)), open_sources(context, {})
+    assert samples_of(context, student, sources, seed=0)[0].images.shape[0] == frames
+    if frames == 2:
+        short = context_of(root, parse(input={"frames": 1}), "distill", "x-0")
+        with pytest.raises(StageError, match=r"input.frames: 1, and CameraBEVDepth reads 2: raise it"):
+            samples_of(short, student, sources, seed=0)
 
 
 def test_a_students_start_and_samples_do_not_depend_on_how_it_is_taught(root: Path) -> None:
