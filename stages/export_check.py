@@ -65,7 +65,7 @@ def box_difference(ours: Detections, theirs: Detections, threshold: float) -> fl
     """Largest difference between boxes and scores, from a score on, of either to the nearest of the other's class.
 
     Infinite where the other has none of that class, None where neither has a box of such a score. Angles differ by
-    less than a turn.
+    less than a turn; sides of more than a metre, of which the maps hold logarithms, by parts of themselves.
     """
     largest = None
     for one, other in ((ours, theirs), (theirs, ours)):
@@ -77,6 +77,7 @@ def box_difference(ours: Detections, theirs: Detections, threshold: float) -> fl
                 return torch.inf
             apart = torch.cat([other.boxes[same] - box, (other.scores[same] - score)[:, None]], dim=1)
             apart[:, 6] = torch.remainder(apart[:, 6] + torch.pi, 2 * torch.pi) - torch.pi
+            apart[:, 3:6] /= box[3:6].clamp(min=1.0)
             largest = max(largest or 0.0, float(apart.abs().amax(1).min()))
     return largest
 

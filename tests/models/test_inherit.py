@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.bev_attention import projection
 from models.bevformer import BEVEmbeddings
-from models.inherit import embedding, inherited, narrowed, placed, projected
+from models.inherit import inherited, narrowed, placed
 
 
 class Student(nn.Module):
@@ -43,46 +44,28 @@ def test_more_places_are_interpolated() -> None:
     assert torch.allclose(mixed[0, :, 0], placed(ramp, [8])[0])
 
 
-def test_fewer_channels_are_the_strongest_directions_at_the_norm_of_all() -> None:
-    """Every place lies in a plane of channel space, so two channels hold all distances between places."""
-    torch.manual_seed(0)
-    flat = torch.linalg.qr(torch.randn(7, 2))[0] @ torch.randn(2, 40)
-    small = projected(flat, 2)
-    assert float(small.norm()) == pytest.approx(float(flat.norm()), rel=1e-5)
-    assert torch.allclose(torch.cdist(small.T, small.T), torch.cdist(flat.T, flat.T), atol=2e-3)
-    # A third direction that is weak is what is lost.
-    noisy = flat + 1e-3 * torch.randn(7, 40)
-    assert torch.allclose(torch.cdist(projected(noisy, 2).T, projected(noisy, 2).T),
-                          torch.cdist(flat.T, flat.T), atol=0.02)
-
-
-def test_projection_does_not_hang_on_signs_and_fills_up_with_zeros() -> None:
-    weight = torch.randn(6, 3)
-    assert torch.allclose(projected(weight, 4), projected(weight.clone(), 4))
-    wide = projected(weight, 9)
-    assert wide.shape == (9, 3)
-    assert torch.equal(wide[6:], torch.zeros(3, 3))
-
-
-def test_cameras_stay_and_lose_channels() -> None:
-    torch.manual_seed(1)
-    cameras = torch.randn(6, 12)
-    small = embedding(cameras, torch.Size([6, 8]), of_places=False)
-    # Six points need five axes.
-    assert torch.allclose(torch.cdist(small, small), torch.cdist(cameras, cameras), atol=2e-3)
-    with pytest.raises(ValueError, match="the teacher has 6 of them, the student 5"):
-        embedding(cameras, torch.Size([5, 8]), of_places=False)
-
-
 def test_the_embeddings_of_a_smaller_student() -> None:
     torch.manual_seed(2)
     teacher, student = Student(8, 6), Student(4, 3)
     weights = teacher.state_dict()
     found = {name: inherited(student, name, weights[name]) for name in student.state_dict()}
     assert all(found[name].shape == own.shape for name, own in student.state_dict().items())
-    expected = projected(placed(weights["embeddings.queries"], [3, 3]).flatten(1), 4).view(4, 3, 3)
-    assert torch.equal(found["embeddings.queries"], expected)
-    assert torch.equal(found["embeddings.row"], projected(placed(weights["embeddings.row"], [3]), 2))
+    assert torch.equal(found["embeddings.queries"], placed(weights["embeddings.queries"], [3, 3])[::2])
+    assert torch.equal(found["embeddings.row"], placed(weights["embeddings.row"], [3])[::2])
+    assert torch.equal(found["embeddings.camera"], weights["embeddings.camera"][:, ::2])  # not its places, the cameras
+
+
+def test_attention_of_half_the_width_keeps_half_of_every_head() -> None:
+    """A teacher whose dropped channels are dead: each head of the student reads what the teacher's read."""
+    torch.manual_seed(4)
+    teacher, student = projection(8), nn.Module()
+    student.value = projection(4)
+    value = inherited(student, "value.weight", teacher.weight)
+    cells = torch.randn(5, 8)
+    cells[:, 1::2] = 0.0
+    heads = nn.functional.linear(cells, teacher.weight).unflatten(-1, (2, 4))
+    ours = nn.functional.linear(cells[:, ::2], value / 2).unflatten(-1, (2, 2))
+    assert torch.allclose(ours, heads[..., ::2], atol=1e-6)
 
 
 def test_narrowed_layers_keep_channels_that_belong_together() -> None:
