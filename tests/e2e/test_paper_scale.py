@@ -45,8 +45,8 @@ CONFIGS, IMAGE_CONFIGS = (Path(package.__file__).parent / ".mim/configs" for pac
 ROWS = {"A0": 0, "A1": 2, "A2": 1, "A3": 1, "A4": 4, "A5": 1, "A6": 5}
 """Terms of the rows of the paper's ablation."""
 DEPTH = {"nuscenes-x3kd-r50": 50, "nuscenes-x3kd-r101": 101}
-STRUCTURED = {"bevdepth": ("camera-large", "skd", "large"), "bevformer": ("bevformer-large", "former", "former")}
-"""Of the families of Structured KD the teacher, the variant with everything, and the store."""
+STRUCTURED = {"bevdepth": ("camera-large", "skd"), "bevformer": ("bevformer-large", "former")}
+"""Of the families of Structured KD the teacher and the variant with everything."""
 WIDTHS = {
     "bevdepth": (
         {"pv": 512, "depth": 112, "bev_lift": 80, "bev_prev": 80, "bev_view": 480, "bev_fused": 160, "bev_neck": 256},
@@ -145,7 +145,7 @@ def test_simdistill_builds_with_the_sizes_of_the_paper(simdistill: Params) -> No
 def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> None:
     """Sizes of methods.md C.1, both students, all rows of C.4, and the students inherit from the teacher."""
     params = laid_over(f"nuscenes-structured-{family}", tmp_path)
-    name, full, store = STRUCTURED[family]
+    name, full = STRUCTURED[family]
     teacher = build_detector(params.teachers[name].model)
     assert teacher.images.backbone.depth == 101
     assert [type(block[-1].conv2).__name__ for block in deep_stages(teacher)] == (
@@ -153,7 +153,7 @@ def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> Non
     rows = {row: variant for row, variant in params.variants.items() if row in params.study.variants}
     assert sorted({variant.row.split()[0] for variant in rows.values()}) == sorted(f"C{i}" for i in range(12))
     assert len(rows) == 15, "C0 to C11, of which C11 is four"
-    statistics = {f"{store}.{tap}": torch.ones(width) for tap, width in {**teacher.tap_channels, "head": 70}.items()}
+    widths = {**teacher.tap_channels, "head": 70}
     for depth in NECK_OF_DEPTH:
         student = build_detector(of_depth(params.student(full).model, depth))
         assert (student.images.backbone.depth, student.image) == (depth, (256, 704))
@@ -164,8 +164,16 @@ def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> Non
             assert [(one.cells.size, len(one.encoder.layers)) for one in (teacher, student)] == [(200, 6), (100, 3)]
         for variant in rows.values():
             terms = {term: TermConfig(**config) for term, config in variant.terms.items()}
+            statistics = {tap: torch.ones(widths[tap.partition(".")[2]]) for tap in teacher_taps(params, name, terms)}
             assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
         assert_inherits(student, teacher, params, full)
+
+
+def teacher_taps(params: Params, teacher: str, terms: dict[str, TermConfig]) -> set[str]:
+    """What terms read, all of it of one teacher."""
+    taps = {tap for term in terms.values() for tap in term.teacher_taps}
+    assert {params.stores[tap.partition(".")[0]].teacher for tap in taps} <= {teacher}
+    return taps
 
 
 def deep_stages(detector: Detector) -> list[nn.Module]:
@@ -268,20 +276,20 @@ def test_a_step_of_structured_kd_on_a_real_keyframe(family: str, real_dataroot: 
 def structured_step(params: Params, family: str, teacher_changes: dict[str, Any], student_changes: dict[str, Any],
                     dataroot: Path, folder: Path) -> tuple[set[str], dict[str, list[int]]]:
     """Names of the losses of a step with all of Structured KD's terms, and the shapes of what the teacher gave."""
-    name, variant, store = STRUCTURED[family]
+    name, variant = STRUCTURED[family]
     build_index(dataroot, VERSION, [SPLIT], folder / INDEX, sweeps=params.input.sweeps)
     seed_everything(MODEL, 0)
     student = build_detector(params.student(variant).model | student_changes)
     batch = collate([training_dataset(folder, params, student, 0, SPLIT)[(0, 0, 0)]])
     batch.has_previous[:] = True  # the real keyframes have none; frame 1 repeats frame 0
     terms = {term: TermConfig(**config) for term, config in params.variants[variant].terms.items()}
-    taps = {tap.partition(".")[2] for term in terms.values() for tap in term.teacher_taps}
-    teacher = OnlineTeacher(build_detector(params.teachers[name].model | teacher_changes), taps, 0.0,
-                            torch.device("cpu"))
-    outputs = {f"{store}.{tap}": value for tap, value in teacher(batch).items()}
+    taps = {tap: tap.partition(".")[2] for tap in teacher_taps(params, name, terms)}
+    detector = build_detector(params.teachers[name].model | teacher_changes)
+    found = OnlineTeacher(detector, set(taps.values()), 0.0, torch.device("cpu"))(batch)
+    outputs = {source: found[tap] for source, tap in taps.items()}
     statistics = {tap: torch.ones(value.shape[1]) for tap, value in outputs.items()}
     task = Distillation(student, make_recipe(student, terms, statistics), lambda _: outputs)
-    return finite_step(task, batch), {tap.partition(".")[2]: list(value.shape) for tap, value in outputs.items()}
+    return finite_step(task, batch), {tap: list(value.shape) for tap, value in found.items()}
 
 
 def finite_step(task: Supervised | Distillation, batch: Batch) -> set[str]:
