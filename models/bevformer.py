@@ -79,7 +79,7 @@ class BEVFormer(CameraDetector):
                  channels: int, queries: int, layers: int, heads: int, points: int, pillar: list[float],
                  feedforward: int, bev_backbone: dict[str, Any], bev_neck: dict[str, Any], head: dict[str, Any],
                  frames: int = 2, image: list[int] | None = None) -> None:
-        super().__init__(grid, image_backbone, image_neck, stride, [1.0, 2.0, 1.0], depth_loss_weight=0.0, image=image)
+        super().__init__(grid, image_backbone, image_neck, stride, None, image=image)
         if frames not in (1, 2):
             raise ValueError(f"BEVFormer frames {frames} must be 1, or 2 for the previous keyframe as well")
         self.frames, self.pillar = frames, pillar
@@ -89,7 +89,6 @@ class BEVFormer(CameraDetector):
         self.embeddings = BEVEmbeddings(channels, queries)
         self.encoder = BEVEncoder(layers, channels, heads, len(pillar), points, feedforward)
         self.build_bev(channels, bev_backbone, bev_neck, head)
-        self.tap_channels.pop("depth")
         self.tap_channels |= {"bev_lift": channels, "bev_view": CAMERAS * channels}
         if frames == 2:
             self.tap_channels["bev_prev"] = channels

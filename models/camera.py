@@ -36,25 +36,27 @@ class CameraDetector(Detector):
         image_backbone: see :class:`~models.images.ImageEncoder`.
         image_neck: see :class:`~models.images.ImageEncoder`.
         stride: pixels per cell of the image neck's output.
-        depth_bins: [low, high, step] in metres.
+        depth_bins: [low, high, step] in metres; None: it predicts no depth.
         depth_loss_weight: 0 switches depth supervision off.
         depth_loss_kind: see :func:`~models.depth_net.depth_loss`.
         image: height and width that it sees; it brings images of another size to that. None: those of the batch.
     """
 
     def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
-                 depth_bins: list[float], depth_loss_weight: float = 3.0,
+                 depth_bins: list[float] | None, depth_loss_weight: float = 3.0,
                  depth_loss_kind: Literal["bce", "ce"] = "bce", image: list[int] | None = None) -> None:
         super().__init__()
         if depth_loss_kind not in ("bce", "ce"):
             raise ValueError(f"{type(self).__name__} depth_loss_kind {depth_loss_kind!r} must be 'bce' or 'ce'")
-        self.grid, self.stride, self.bins = Grid(**grid), stride, DepthBins(*depth_bins)
+        self.grid, self.stride = Grid(**grid), stride
+        self.bins = None if depth_bins is None else DepthBins(*depth_bins)
         self.depth_loss_weight, self.depth_loss_kind = depth_loss_weight, depth_loss_kind
         self.image = None if image is None else (image[0], image[1])
         self.images = ImageEncoder(image_backbone, image_neck, stride)
 
     def build_lift(self, depth_net: dict[str, Any], downsample: int) -> LiftSplat:
         """A lift of the image features onto the grid."""
+        assert self.bins is not None
         return LiftSplat(self.grid, self.images.channels, self.stride, depth_net, self.bins, downsample)
 
     def build_bev(self, fused_channels: int, backbone: dict[str, Any], neck: dict[str, Any],
@@ -66,8 +68,9 @@ class CameraDetector(Detector):
         head = {"type": "GridCenterHead", **head, "grid": vars(self.grid), "in_channels": neck_channels}
         self.head: GridCenterHead = MODELS.build(head)
         self.targets = self.head.targets
-        self.tap_channels = {"pv": self.images.channels, "depth": self.bins.count, "bev_fused": fused_channels,
-                             "bev_neck": neck_channels}
+        self.tap_channels = {"pv": self.images.channels, "bev_fused": fused_channels, "bev_neck": neck_channels}
+        if self.bins is not None:
+            self.tap_channels["depth"] = self.bins.count
 
     def at_own_size(self, batch: Batch) -> Batch:
         """The batch with the images, and the supervision of their depth, at the size that this detector sees."""
@@ -90,13 +93,15 @@ class CameraDetector(Detector):
         head = self.head(neck)
         maps = {**lifts, "bev_fused": fused, "bev_neck": neck}
         available: dict[str, Callable[[], Tensor]] = {name: partial(maps.__getitem__, name) for name in maps}
-        available |= {"depth": lambda: depth[0].softmax(2), "head": lambda: head_map(head)}
+        available["head"] = lambda: head_map(head)
+        if depth:
+            available["depth"] = lambda: depth[0].softmax(2)
         return Prediction(head, self.select_taps(available, taps), depth)
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         """``heatmap``, ``box`` and, where it is weighted, ``depth``, the mean over the lifts."""
         losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
-        if self.depth_loss_weight > 0:
+        if self.bins is not None and self.depth_loss_weight > 0:
             supervision = self.at_own_size(batch).depth
             values = [depth_loss(logits, supervision, self.bins, self.depth_loss_kind) for logits in prediction.depth]
             losses["depth"] = self.depth_loss_weight * torch.stack(values).mean()

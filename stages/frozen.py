@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from data.batch import Batch, collate
 from data.dataset import NuScenesDataset
 from data.instances import StoredInstances, pack
+from models.bevformer import BEVFormer
 from models.detector import Detector, build_detector
 from models.pillars import PointwisePillarNet
 from pipeline.environment import cores
@@ -209,8 +210,10 @@ def grown(folder: Path, plain: Detector, halo: float) -> Detector:
     trained on, and goes on doing so. More area may hold more voxels, so their limit grows with it.
 
     Raises:
-        StageError: the weights do not fit the larger model.
+        StageError: the weights do not fit the larger model, or are of learned queries, each of which belongs to a place.
     """
+    if isinstance(plain, BEVFormer):
+        raise StageError(f"teacher {folder} cannot run with a halo of {halo} m: its queries were learned for the grid")
     reach = plain.targets.grid.range
     config = _grown(json.loads((folder / CONFIG).read_text()), halo, ((reach + halo) / reach) ** 2)
     detector = build_detector(config)

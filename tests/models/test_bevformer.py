@@ -423,3 +423,10 @@ def test_its_multiply_adds_can_be_counted() -> None:
     value = 2 * CHANNELS**2 * 3 * 4 * 8  # of a layer's cross-attention: three cameras of 4 x 8 cells
     counted = counter.get_flop_counts()["BEVFormer.encoder.layers.0.spatial.value"]
     assert sum(counted.values()) == 2 * value, "in two keyframes"
+
+
+def test_it_has_no_depth_to_give() -> None:
+    former = detector()
+    assert "depth" not in former.tap_channels
+    with pytest.raises(ValueError, match=r"BEVFormer has no tap 'depth': it has .*bev_lift"):
+        former(random_batch(frames=2), ["depth"])

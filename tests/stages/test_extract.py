@@ -36,11 +36,11 @@ from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from pipeline.trainer import Preempted
 from stages import extract
-from stages.frozen import FrozenTeacher, evenly
+from stages.frozen import FrozenTeacher, evenly, grown
 from stages.identity import CODE, store_identity
 from stages.sources import OnlineTeacher, Sources
 from stages.weights import load_detector, save_detector
-from tests.models.factory import GRID, lidar_config
+from tests.models.factory import GRID, camera_config, lidar_config
 from tests.stages.untrained import TEACHER, make_root
 from tests.test_stage_dependencies import closure
 
@@ -227,6 +227,14 @@ def test_a_halo_changes_nothing_inside_the_grid(root: Path) -> None:
         inside = haloed[token]["bev_lift"][:, border:-border, border:-border]
         np.testing.assert_allclose(inside, outputs["bev_lift"], atol=2e-5)
         assert haloed[token]["bev_lift"][:, :border].any()
+
+
+def test_learned_queries_have_no_halo(tmp_path: Path) -> None:
+    former = {"type": "BEVFormer", "channels": 8, "queries": 8, "layers": 1, "heads": 2, "points": 1, "pillar": [-1.0]}
+    plain = {key: value for key, value in camera_config().items() if key not in ("depth_net", "depth_bins")}
+    detector = build_detector(plain | former | {"feedforward": 8})
+    with pytest.raises(StageError, match=r"cannot run with a halo of 3.2 m: its queries were learned for the grid"):
+        grown(tmp_path, detector, 3.2)
 
 
 def test_with_a_halo_turned_and_scaled_maps_are_whole(root: Path) -> None:
