@@ -210,7 +210,7 @@ def grown(folder: Path, plain: Detector, halo: float) -> Detector:
     trained on, and goes on doing so. More area may hold more voxels, so their limit grows with it.
 
     Raises:
-        StageError: the weights do not fit the larger model, or are of learned queries, each of which belongs to a place.
+        StageError: the weights do not fit the larger model, or are of learned queries, which belong to places.
     """
     if isinstance(plain, BEVFormer):
         raise StageError(f"teacher {folder} cannot run with a halo of {halo} m: its queries were learned for the grid")
