@@ -49,8 +49,9 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
         assert before
         assert state(project, out) == before, f"{out} was made again"
     killed = project.metrics()
-    teachers = {"lidar.json", "start.json", "fusion.json", "instance.json"}
-    assert killed.keys() == teachers | {"baseline-0.json", "x3kd-0.json", "simdistill-0.json"}
+    teachers = {"lidar", "start", "small", "fusion", "camera-large", "instance"}
+    students = {f"{variant}-0" for variant in ("baseline", "x3kd", "simdistill", "skd-alone", "skd")}
+    assert killed.keys() == {f"{name}.json" for name in teachers | students}
     for name, text in killed.items():
         assert ({"bbox", "mask"} if name == "instance.json" else {"mAP", "NDS"}) <= json.loads(text).keys()
 
@@ -76,7 +77,7 @@ def check_report(project: Project) -> None:
     """Every arm is in the page and in the table, and the page needs no network."""
     table = (project.root / "reports/table.md").read_text()
     page = (project.root / "reports/report.html").read_text()
-    for arm in ("lidar", "fusion", "baseline", "x3kd", "simdistill"):
+    for arm in ("lidar", "fusion", "camera-large", "baseline", "x3kd", "simdistill", "skd"):
         assert arm in table
         assert arm in page
     assert "mask AP" in page

@@ -100,7 +100,7 @@ def test_a_wrong_study_is_named_and_changes_nothing(folder: Path, change: tuple[
 
 
 def test_an_unknown_study_is_named(folder: Path) -> None:
-    with pytest.raises(StudyError, match=r"study 'x4kd' is unknown; allowed: made, simdistill, x3kd"):
+    with pytest.raises(StudyError, match=r"study 'x4kd' is unknown; allowed: made, simdistill, structured, x3kd"):
         apply_study("x4kd", folder)
 
 

@@ -583,6 +583,7 @@ def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() ->
             "large": [],
             "stores": ["lidar", "fusion", "instance"],
             "variants": ["baseline", "x3kd", "simdistill"],
+            "baselines": [],
         },
     }
     params = Params.model_validate(merge(raw, changes))
@@ -599,9 +600,10 @@ def test_a_part_of_a_fusion_teacher_is_a_start_unless_students_learn_from_it() -
         student["start"] = None
     raw["study"] |= {"teachers": ["lidar", "start"], "parts": {"lidar": "lidar", "camera": "start"}, "large": []}
     raw["study"] |= {"stores": ["lidar", "fusion", "instance"], "variants": ["baseline", "x3kd", "simdistill"]}
+    raw["study"] |= {"baselines": []}
     assert starts(Params.model_validate(raw)) == {"start"}
     raw["study"] |= {"fusions": [], "stores": ["lidar", "instance"], "variants": ["baseline"]}
-    raw["study"] |= {"featured": [], "baselines": []}
+    raw["study"] |= {"featured": []}
     assert starts(Params.model_validate(raw)) == set()
 
 

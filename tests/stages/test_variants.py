@@ -192,7 +192,8 @@ def test_every_row_of_structured_kd_is_there_for_each_family(student: str, store
     baselines = {row.removeprefix("C11 ") for row in variants if row.startswith("C11 ")}
     assert baselines == {"features", "attention", "similarity", "logits"}
     for name in variants.values():
-        assert {term["teacher"].partition(".")[0] for term in PARAMS.variants[name].terms.values()} <= {store}
+        read = {term["teacher"].partition(".")[0] for term in PARAMS.variants[name].terms.values()}
+        assert read <= {store, "large-online"} if store == "large" else read <= {store}
 
 
 @pytest.mark.parametrize("name", ["skd-frozen", "former-frozen"])
