@@ -28,6 +28,11 @@ CAMERAS = 6
 """Of nuScenes' rig."""
 
 
+def view_channels(lift: LiftSplat) -> dict[str, int]:
+    """Channels of the tap ``bev_view`` of a lift; nothing where the cameras' parts do not add up to its map."""
+    return {"bev_view": CAMERAS * lift.channels} if lift.has_views else {}
+
+
 class CameraDetector(Detector):
     """What all detectors share that lift images: image encoder, BEV encoder and head, losses and decoding.
 
@@ -149,8 +154,7 @@ class CameraBEVDepth(CameraDetector):
         fused_channels = self.lift.channels * frames + (0 if self.radar is None else self.radar.channels)
         self.build_bev(fused_channels, bev_backbone, bev_neck, head)
         self.tap_channels |= {"bev_lift": self.lift.channels}
-        if self.lift.has_views:
-            self.tap_channels["bev_view"] = CAMERAS * self.lift.channels
+        self.tap_channels |= view_channels(self.lift)
         if frames == 2:
             self.tap_channels["bev_prev"] = self.lift.channels
 
@@ -162,9 +166,7 @@ class CameraBEVDepth(CameraDetector):
         batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
         current = self.lift(features, batch, views="bev_view" in taps)
-        lifts = {"pv": features, "bev_lift": current.bev}
-        if current.views is not None:
-            lifts["bev_view"] = current.views
+        lifts = {"pv": features, "bev_lift": current.bev, **current.parts}
         maps = [current.bev]
         if self.frames == 2:
             maps.append(self._lift_previous(batch))

@@ -14,7 +14,7 @@ import torch
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
-from models.camera import CameraDetector
+from models.camera import CameraDetector, view_channels
 from models.detector import Batch, Prediction
 from models.lidar import LidarMap
 
@@ -47,7 +47,8 @@ class BEVFusion(CameraDetector):
         downsample: see :class:`~models.lift.LiftSplat`.
 
     Taps: ``pv``, ``depth``, ``bev_neck``, ``head`` as of ``CameraBEVDepth``; ``bev_lift_camera`` [B, C, H, W] the
-    lifted images; ``bev_lift_lidar`` [B, C_L, H, W] the LiDAR branch; ``bev_fused`` [B, C_F, H, W] the fuser's output.
+    lifted images, ``bev_view`` [B, N * C, H, W] the cameras' parts of it; ``bev_lift_lidar`` [B, C_L, H, W] the LiDAR
+    branch; ``bev_fused`` [B, C_F, H, W] the fuser's output.
     """
 
     sensors = ("images", "points")
@@ -64,12 +65,13 @@ class BEVFusion(CameraDetector):
         self.fuser = ConvFuser(self.lift.channels + self.lidar.channels, fused_channels)
         self.build_bev(fused_channels, bev_backbone, bev_neck, head)
         self.tap_channels |= {"bev_lift_camera": self.lift.channels, "bev_lift_lidar": self.lidar.channels}
+        self.tap_channels |= view_channels(self.lift)
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """See :class:`~models.detector.Detector`."""
         batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
-        camera = self.lift(features, batch)
+        camera = self.lift(features, batch, views="bev_view" in taps)
         lidar = self.lidar(batch.points)
-        lifts = {"pv": features, "bev_lift_camera": camera.bev, "bev_lift_lidar": lidar}
+        lifts = {"pv": features, "bev_lift_camera": camera.bev, "bev_lift_lidar": lidar, **camera.parts}
         return self.predict(self.fuser(camera.bev, lidar), (camera.depth,), taps, lifts)

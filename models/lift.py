@@ -27,6 +27,11 @@ class Lifted(NamedTuple):
     views: Tensor | None = None
     """[B, N * C, H, W], where asked for: the cameras' parts of ``bev`` one after another."""
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tap ``bev_view``, where it was asked for."""
+        return {} if self.views is None else {"bev_view": self.views}
+
 
 class LiftSplat(nn.Module):
     """Depth net and pooling into cells.

@@ -15,7 +15,7 @@ import torch
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
-from models.camera import CameraDetector
+from models.camera import CameraDetector, view_channels
 from models.deformable import GeometryCompensation
 from models.detector import Batch, Prediction
 from models.fusion import ConvFuser
@@ -40,7 +40,7 @@ class SimulatedFusion(CameraDetector):
         bev_compensation: the same on the map that the simulated branch lifted.
 
     Taps: ``pv``, ``bev_neck``, ``head`` as of ``CameraBEVDepth``; ``depth`` of the camera branch; ``bev_lift_camera``
-    [B, C, H, W] the camera branch; ``bev_lift_simulated`` [B, C, H, W] the simulated one after compensation,
+    [B, C, H, W] the camera branch, ``bev_view`` [B, N * C, H, W] the cameras' parts of it; ``bev_lift_simulated`` [B, C, H, W] the simulated one after compensation,
     ``bev_lift_uncompensated`` before that in BEV; ``bev_fused`` [B, C_F, H, W] the fuser's output.
     """
 
@@ -63,18 +63,18 @@ class SimulatedFusion(CameraDetector):
             self.image_compensation = compensation(self.images.channels, image_compensation)
             self.bev_compensation = compensation(channels, bev_compensation)
         lifts = ("bev_lift_camera", "bev_lift_simulated", "bev_lift_uncompensated")
-        self.tap_channels |= dict.fromkeys(lifts, channels)
+        self.tap_channels |= dict.fromkeys(lifts, channels) | view_channels(self.camera_lift)
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """See :class:`~models.detector.Detector`."""
         batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
-        camera = self.camera_lift(features, batch)
+        camera = self.camera_lift(features, batch, views="bev_view" in taps)
         seen = self.image_compensation(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         lifted = self.simulated_lift(seen, batch)
         simulated: Tensor = self.bev_compensation(lifted.bev)
         lifts = {"pv": features, "bev_lift_camera": camera.bev, "bev_lift_simulated": simulated,
-                 "bev_lift_uncompensated": lifted.bev}
+                 "bev_lift_uncompensated": lifted.bev, **camera.parts}
         return self.predict(self.fuser(camera.bev, simulated), (camera.depth, lifted.depth), taps, lifts)
 
 

@@ -311,6 +311,7 @@ class PartsParams(Section):
 class StudyParams(Section):
     """What one report compares."""
 
+    name: str = "own"  # under which MLflow and the report show it
     teachers: list[str]
     parts: PartsParams
     fusions: list[str]  # entries of `teachers` that are trained in a second step, from the parts

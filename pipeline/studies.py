@@ -68,4 +68,5 @@ def apply_study(name: str, root: Path, profile: str | None = None) -> Params:
     file = f"studies/{name}.yaml"
     text = (root / file).read_text()
     own = [(textwrap.dedent(section(text, "params")), file)] if study.params else []
-    return apply_overlays([*profiles, *own, (f"study:{section(text, 'study')}\n", file)], root, f"study {name}")
+    named = (f"study: {{name: {name}}}\n", file)
+    return apply_overlays([*profiles, *own, (f"study:{section(text, 'study')}\n", file), named], root, f"study {name}")
