@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.deformable import deformable_attention
+from models.deformable import cell_centers, deformable_attention, full
 from models.detector import Batch
 from models.projection import pillar_points, project
 
@@ -21,8 +21,8 @@ from models.projection import pillar_points, project
 class Sight(NamedTuple):
     """Where the cameras of a frame see the pillars of the queries; of each camera k queries, all that it sees."""
 
-    queries: Tensor
-    """[B, N, k] of which the pillars are seen; where a camera sees fewer than k, others follow."""
+    queries: Tensor | None
+    """[B, N, k] of which the pillars are seen; where a camera sees fewer than k, others follow. None: all, in order."""
     positions: Tensor
     """[B, N, k, Z, 2] of the points of their pillars: x and y, 0 and 1 at the outer edges of the image."""
     inside: Tensor
@@ -36,19 +36,20 @@ def look(centers: Tensor, heights: list[float], batch: Batch, frame: int) -> Sig
     positions, inside = project(pillar_points(centers, heights), batch, frame)
     positions, inside = positions.unflatten(2, (-1, len(heights))), inside.unflatten(2, (-1, len(heights)))
     visible = inside.any(-1)
-    index = seen_first(visible)
+    # An exported graph has fixed shapes: all queries.
+    index = None if torch.compiler.is_exporting() else seen_first(visible)
     return Sight(index, pick(positions, index), pick(inside, index), visible.sum(1))
 
 
 def seen_first(visible: Tensor) -> Tensor:
     """Of visible [B, N, Q], for each camera the same number k of queries [B, N, k], all visible ones among them."""
-    if torch.compiler.is_exporting():  # an exported graph has fixed shapes
-        return torch.arange(visible.shape[-1], device=visible.device).expand_as(visible)
     return visible.float().topk(max(1, int(visible.sum(-1).max()))).indices
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Entries [B, N, k, ...] of x [B, N, Q, ...] or, the same for every camera, [B, 1, Q, ...]."""
+def pick(x: Tensor, index: Tensor | None) -> Tensor:
+    """Entries [B, N, k, ...] of x [B, N, Q, ...] or, the same for every camera, [B, 1, Q, ...]; without index x."""
+    if index is None:
+        return x
     shape = (*index.shape, *x.shape[3:])
     index = index.reshape(*index.shape, *[1] * (x.dim() - 3)).expand(shape)
     return x.expand(-1, shape[1], *x.shape[2:]).gather(2, index)
@@ -114,10 +115,9 @@ class TemporalSelfAttention(nn.Module):
         maps = self.value(torch.stack([previous, query], dim=1).flatten(0, 1)).unflatten(-1, (self.heads, -1))
         chooser = torch.cat([previous, query + position], dim=-1)
         side = math.isqrt(query.shape[1])
-        # Eight bits of bfloat16 would round a place far from its cell by a good part of a cell.
         with torch.autocast(query.device.type, enabled=False):
             offsets, logits = self.samples(full(chooser))
-            locations = cell_centers(side, offsets) + offsets / side
+            locations = cell_centers((side, side), offsets)[:, None, None, None] + offsets / side
             read = deformable_attention(full(maps), (side, side), by_map(locations), by_map(logits.softmax(-1)))
         return self.output(read.unflatten(0, (-1, 2)).mean(1))
 
@@ -164,11 +164,13 @@ class SpatialCrossAttention(nn.Module):
             share = pick(weights.unsqueeze(1), sight.queries) * sight.inside[:, :, :, None, :, None]
             read = deformable_attention(full(value), (height, width), locations.flatten(0, 1).flatten(3, 4),
                                         share.flatten(0, 1).flatten(3, 4))
-        return self._spread(read.unflatten(0, sight.queries.shape[:2]), sight.queries, chooser.shape[1])
+        return self._spread(read.unflatten(0, features.shape[:2]), sight.queries, chooser.shape[1])
 
     @staticmethod
-    def _spread(read: Tensor, index: Tensor, queries: int) -> Tensor:
+    def _spread(read: Tensor, index: Tensor | None, queries: int) -> Tensor:
         """Entries [B, N, k, C] at their queries, zero elsewhere: [B, N, Q, C]."""
+        if index is None:
+            return read
         spread = read.new_zeros(*index.shape[:2], queries, read.shape[-1])
         return spread.scatter(2, index.unsqueeze(-1).expand_as(read), read)
 
@@ -210,8 +212,8 @@ class BEVEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(channels, heads, heights, points, feedforward) for _ in range(layers))
 
-    def forward(self, query: Tensor, position: Tensor, features: Tensor, sight: Sight, previous: Tensor | None = None,
-                has_previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, position: Tensor, features: Tensor, sight: Sight, previous: Tensor | None,
+                has_previous: Tensor) -> tuple[Tensor, Tensor]:
         """The map [B, Q, C], and of what its last layer read each camera's part [B, N, Q, C].
 
         Args:
@@ -224,8 +226,7 @@ class BEVEncoder(nn.Module):
         """
         views = query.new_zeros(0)
         for layer in self.layers:
-            past = query if previous is None or has_previous is None else torch.where(has_previous[:, None, None],
-                                                                                      previous, query)
+            past = query if previous is None else torch.where(has_previous[:, None, None], previous, query)
             query, views = layer(query, position, past, features, sight)
         return query, views
 
@@ -236,17 +237,6 @@ def projection(channels: int, out_channels: int | None = None) -> nn.Linear:
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def cell_centers(side: int, like: Tensor) -> Tensor:
-    """Centres [Q, 1, 1, 1, 2] of a square map's cells row by row, x and y of 0 to 1."""
-    axis = (torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side
-    return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 1, 1, 1, 2)
 
 
 def by_map(x: Tensor) -> Tensor:

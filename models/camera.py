@@ -20,7 +20,7 @@ from models.center_head import GridCenterHead
 from models.depth_net import DepthBins, depth_loss
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
-from models.images import ImageEncoder, first, resized, total_channels
+from models.images import ImageEncoder, depth_at, first, resized, total_channels
 from models.lift import LiftSplat
 from models.radar import RadarMap
 
@@ -77,8 +77,13 @@ class CameraDetector(Detector):
         if self.bins is not None:
             self.tap_channels["depth"] = self.bins.count
 
+    @property
+    def learns_depth(self) -> bool:
+        """Whether a loss compares with the batch's depth."""
+        return self.bins is not None and self.depth_loss_weight > 0
+
     def at_own_size(self, batch: Batch) -> Batch:
-        """The batch with the images, and the supervision of their depth, at the size that this detector sees."""
+        """The batch with the images, and what belongs to them, at the size that this detector sees."""
         return batch if self.image is None else resized(batch, self.image, self.stride)
 
     def predict(self, fused: Tensor, depth: tuple[Tensor, ...], taps: Collection[str],
@@ -106,8 +111,9 @@ class CameraDetector(Detector):
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         """``heatmap``, ``box`` and, where it is weighted, ``depth``, the mean over the lifts."""
         losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
-        if self.bins is not None and self.depth_loss_weight > 0:
-            supervision = self.at_own_size(batch).depth
+        if self.learns_depth:
+            assert self.bins is not None
+            supervision = batch.depth if self.image is None else depth_at(batch, self.image, self.stride)
             values = [depth_loss(logits, supervision, self.bins, self.depth_loss_kind) for logits in prediction.depth]
             losses["depth"] = self.depth_loss_weight * torch.stack(values).mean()
         return losses

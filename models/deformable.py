@@ -51,6 +51,17 @@ def deformable_attention(value: Tensor, shape: tuple[int, int], locations: Tenso
     return (sampled * share).sum(2).view(batch, -1, queries).transpose(1, 2)
 
 
+def full(x: Tensor) -> Tensor:
+    """``x`` in at least float32: places of eight bits, as bfloat16 has them, are off by a good part of a cell."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cell_centers(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Centres [h * w, 2] of a map's cells row by row, x and y of 0 to 1, with dtype and device of ``like``."""
+    rows, columns = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in shape)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)
+
+
 def _kernel(value: Tensor, shape: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:
     """:func:`deformable_attention` by mmcv's kernel."""
     sizes = torch.tensor([shape], device=value.device)
@@ -97,18 +108,15 @@ class DeformableSelfAttention(MultiScaleDeformableAttention):
         cells = x.flatten(2).transpose(1, 2)
         query = cells if position is None else cells + position.flatten(1).T
         value = self.value_proj(cells).unflatten(-1, (self.num_heads, -1))
-        # Eight bits of bfloat16 would round a place far from its cell by a good part of a cell.
-        dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            locations, weights = self._samples(query.to(dtype), shape)
-            read = deformable_attention(value.to(dtype), shape, locations, weights)
+            locations, weights = self._samples(full(query), shape)
+            read = deformable_attention(full(value), shape, locations, weights)
         return self.output_proj(read).transpose(1, 2).unflatten(2, shape)
 
     def _samples(self, query: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Where and with what weight each query [M, h * w, C] reads: [M, h * w, heads, P, 2] and without the 2."""
         height, width = shape
-        rows, columns = ((torch.arange(n, device=query.device, dtype=query.dtype) + 0.5) / n for n in shape)
-        centers = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).view(-1, 1, 1, 2)
+        centers = cell_centers(shape, query)[:, None, None]
         offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, self.num_points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, self.num_points)).softmax(-1)
         return centers + offsets / query.new_tensor([width, height]), weights
@@ -176,7 +184,7 @@ class FullPrecisionDeformConv(DeformConv2dPack):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [M, C, h, w] of maps [M, C, h, w]."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+            x = full(x).contiguous()
             if torch.compiler.is_exporting():
                 return convolve_samples(x, self.conv_offset(x), self.weight)
             return super().forward(x)
@@ -205,9 +213,15 @@ class FullPrecisionDCNv2(ModulatedDeformConv2dPack):
     """mmcv's ``DCNv2`` in the same way, for mmdet's backbones: ``dcn: {type: FullPrecisionDCNv2}``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [M, C_out, h, w] of maps [M, C_in, h, w]."""
+        """Maps [M, C_out, h, w] of maps [M, C_in, h, w].
+
+        Raises:
+            ValueError: while a graph is exported: no operator of it does what mmcv's does.
+        """
+        if torch.compiler.is_exporting():
+            raise ValueError("export of FullPrecisionDCNv2: only detectors whose backbone has no dcn can be exported")
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)).contiguous())
+            return super().forward(full(x).contiguous())
 
 
 def two_convolutions(channels: int, deformable: bool) -> nn.Sequential:

@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from models.targets import TargetEncoder
 
-TAPS = ("pv", "depth", "bev_lift", "bev_lift_camera", "bev_lift_lidar", "bev_lift_simulated", "bev_lift_uncompensated",
-        "bev_view", "bev_prev", "bev_fused", "bev_neck", "head", "boxes", "inst2d", "embed")
-"""The closed vocabulary of taps."""
-
 
 class Batch(Protocol):
     """The attributes that models read; shapes as in the data room's batch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -51,12 +53,12 @@ def warp_head(maps: Tensor, bev_aug: Tensor, extent: float, targets: TargetEncod
 
 def task_scores(maps: Tensor, targets: TargetEncoder) -> Tensor:
     """Best score of a task at a cell, for each channel of that task: [B, C, H, W] of head maps of that shape."""
-    parts = maps.split([CODE_SIZE + classes for classes in targets.task_sizes], dim=1)
+    parts = maps.split(targets.task_channels, dim=1)
     return torch.cat([part[:, CODE_SIZE:].sigmoid().amax(1, keepdim=True).expand_as(part) for part in parts], dim=1)
 
 
 def _check_layout(maps: Tensor, extent: float, targets: TargetEncoder) -> None:
-    channels, cell = targets.classes + CODE_SIZE * len(targets.task_sizes), 2 * extent / maps.shape[-1]
+    channels, cell = sum(targets.task_channels), 2 * extent / maps.shape[-1]
     if maps.shape[1] != channels:
         raise ValueError(f"head maps have {maps.shape[1]} channels, the tasks need {channels}: teacher and student "
                          "need the same tasks")
@@ -67,7 +69,7 @@ def _check_layout(maps: Tensor, extent: float, targets: TargetEncoder) -> None:
 
 def _code_channels(targets: TargetEncoder) -> list[list[int]]:
     """Channels [T][10] of each task's code; its heatmaps follow them."""
-    starts = [CODE_SIZE * task + sum(targets.task_sizes[:task]) for task in range(len(targets.task_sizes))]
+    starts = [0, *accumulate(targets.task_channels)][:-1]
     return [list(range(start, start + CODE_SIZE)) for start in starts]
 
 

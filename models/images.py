@@ -71,9 +71,15 @@ def resized(batch: Batch, size: tuple[int, int], stride: int) -> Batch:
     # Whole numbers are the centres of pixels.
     smaller.image_aug = batch.image_aug.new_tensor(
         [[right, 0, (right - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]]) @ batch.image_aug
-    if batch.depth.numel():
-        smaller.depth = nearest_depth(batch.depth, (size[0] // stride, size[1] // stride))
+    smaller.depth = depth_at(batch, size, stride)
     return smaller
+
+
+def depth_at(batch: Batch, size: tuple[int, int], stride: int) -> Tensor:
+    """The supervision of depth [B, N, h, w] alone that :func:`resized` gives a batch, without its images' cost."""
+    if batch.images.shape[-2:] == size or not batch.depth.numel():
+        return batch.depth
+    return nearest_depth(batch.depth, (size[0] // stride, size[1] // stride))
 
 
 def nearest_depth(depth: Tensor, shape: tuple[int, int]) -> Tensor:

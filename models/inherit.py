@@ -27,10 +27,11 @@ def inherited(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     Raises:
         ValueError: naming the weight, if it cannot be brought to that size.
     """
-    shape = model.state_dict()[name].shape
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    shape = getattr(owner, leaf).shape
     if shape == weight.shape:
         return weight
-    owner = model.get_submodule(name.rpartition(".")[0])
     try:
         if not isinstance(owner, BEVEmbeddings):
             return narrowed(weight, shape, 0 if isinstance(owner, _ConvTransposeNd) else 1)

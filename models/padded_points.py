@@ -37,8 +37,7 @@ def lift_padded(lift: PointLift, points: Tensor) -> Tensor:
     # Points that do not count go to one pillar more, which is dropped.
     pillar = torch.where(earlier(pillar) < lift.voxelize.max_num_points, pillar, cells)
     center = (place + 0.5) * encoder.size + encoder.low
-    offsets = [xyz - mean_of(xyz, pillar, cells + 1)[pillar], xyz - center]
-    features = encoder.norm(encoder.linear(torch.cat([points, *offsets], dim=1) / encoder.scale)).relu()
+    features = encoder.of_points(points, mean_of(xyz, pillar, cells + 1)[pillar], center)
     # No feature is negative, so a pillar without points stays at zero.
     empty = features.new_zeros(cells + 1, features.shape[1])
     pooled = empty.scatter_reduce(0, pillar[:, None].expand_as(features), features, "amax")

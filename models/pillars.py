@@ -53,11 +53,15 @@ class PointwisePillarNet(BaseModule):
         mean = voxels[..., :3].sum(1) / counts[:, None]
         center = (coordinates[:, [3, 2, 1]] + 0.5) * self.size + self.low
         exists = torch.arange(voxels.shape[1], device=voxels.device) < counts[:, None]
-        points, pillar = voxels[exists], exists.nonzero()[:, 0]
-        xyz = points[:, :3]
-        decorated = torch.cat([points, xyz - mean[pillar], xyz - center[pillar]], dim=1) / self.scale
-        features = self._normalised(self.linear(decorated)).relu()
+        pillar = exists.nonzero()[:, 0]
+        features = self.of_points(voxels[exists], mean[pillar], center[pillar])
         return torch.segment_reduce(features, "max", lengths=counts.long(), unsafe=True)
+
+    def of_points(self, points: Tensor, mean: Tensor, center: Tensor) -> Tensor:
+        """Features [P, C] of points [P, in_channels], given mean and centre [P, 3] of the pillar of each, metres."""
+        xyz = points[:, :3]
+        decorated = torch.cat([points, xyz - mean, xyz - center], dim=1) / self.scale
+        return self._normalised(self.linear(decorated)).relu()
 
     def _normalised(self, features: Tensor) -> Tensor:
         """Features [P, C] after the norm; with fewer than two points, whose variance nothing tells, by its averages.

@@ -40,8 +40,9 @@ class SimulatedFusion(CameraDetector):
         bev_compensation: the same on the map that the simulated branch lifted.
 
     Taps: ``pv``, ``bev_neck``, ``head`` as of ``CameraBEVDepth``; ``depth`` of the camera branch; ``bev_lift_camera``
-    [B, C, H, W] the camera branch, ``bev_view`` [B, N * C, H, W] the cameras' parts of it; ``bev_lift_simulated`` [B, C, H, W] the simulated one after compensation,
-    ``bev_lift_uncompensated`` before that in BEV; ``bev_fused`` [B, C_F, H, W] the fuser's output.
+    [B, C, H, W] the camera branch, ``bev_view`` [B, N * C, H, W] the cameras' parts of it; ``bev_lift_simulated``
+    [B, C, H, W] the simulated one after compensation, ``bev_lift_uncompensated`` before that in BEV; ``bev_fused``
+    [B, C_F, H, W] the fuser's output.
     """
 
     sensors = ("images",)

@@ -123,6 +123,11 @@ class TargetEncoder:
         """Number of classes over all tasks."""
         return sum(self.task_sizes)
 
+    @property
+    def task_channels(self) -> list[int]:
+        """Channels of each task in the tap ``head``: its code, then its heatmaps."""
+        return [CODE_SIZE + classes for classes in self.task_sizes]
+
     def encode(self, boxes: Tensor, labels: Tensor) -> EncodedBoxes:
         """Codes, cells and radii of boxes [M, 9] with labels [M]."""
         center = self.grid.to_cells(boxes[:, :2])

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.augment import BevConfig
 from data.batch import collate
 from data.blobs import BlobError
 from data.dataset import NuScenesDataset
@@ -26,7 +25,7 @@ from pipeline.stage import StageContext, StageError
 from pipeline.trainer import WATCHED
 from stages.frozen import evenly
 from stages.identity import store_identity
-from stages.inputs import frames_of, plain_dataset, training_dataset
+from stages.inputs import plain_dataset, training_dataset
 from stages.sources import OnlineTeacher, Sources
 from stages.training import train_stage
 from stages.weights import load_detector, save_detector, start_from, start_in_part
@@ -194,13 +193,9 @@ def samples_of(
 ) -> NuScenesDataset:
     """The student's training data, with what online teachers read of the same samples; `bev` instead of input.bev."""
     params = context.params
-    dataset = training_dataset(context.root, params, student, seed, params.data.splits.of_students)
-    dataset.modalities |= sources.sensors
-    changes: dict[str, Any] = {"frames": frames_of(params, student, *(t.detector for t in sources.online.values()))}
-    if bev is not None:
-        changes["bev"] = BevConfig(**bev.model_dump())
-    dataset.config = dataset.config.model_copy(update=changes)
-    return dataset
+    beside = [teacher.detector for teacher in sources.online.values()]
+    split = params.data.splits.of_students
+    return training_dataset(context.root, params, student, seed, split, beside=beside, bev=bev)
 
 
 def taught(samples: NuScenesDataset, recipe: Recipe, sources: Sources) -> tuple[Dataset[Any], Callable[[Any], Any]]:

@@ -20,6 +20,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from data.batch import Batch, collate
+from data.build import RADAR_SWEEPS
+from data.index import RADARS
 from models.camera import CameraDetector
 from models.center_head import MAX_LOG_SIZE, GridCenterHead
 from models.detector import Detector
@@ -33,7 +35,7 @@ from stages.weights import WEIGHTS, checksum_of, load_detector
 EXPORTS: Final = Path("outputs/exports")
 FILES: Final = {"onnx": "model.onnx", "torch": "model.pt2"}
 DESCRIPTION: Final = "model.json"
-RADAR_RETURNS: Final = 5 * 6 * 125  # most that five RADARs return in six sweeps
+RADAR_RETURNS: Final = len(RADARS) * RADAR_SWEEPS * 125  # most that all RADARs return in all sweeps
 FAR: Final = 1e6  # metres; where no grid reaches
 CAMERA_INPUTS: Final = ("images", "intrinsics", "image_aug", "lidar_SE3_cam")
 MEANING: Final = {

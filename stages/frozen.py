@@ -25,7 +25,7 @@ from pipeline.stage import StageError
 from stages.inputs import camera_dataset, grown_grid, plain_dataset
 from stages.instances import InstanceFinder
 from stages.serving import box_rows
-from stages.weights import CONFIG, load_detector
+from stages.weights import CONFIG, load_detector, without_checkpoints
 
 BATCH: Final = 4  # samples; fixed, because rounding may depend on it
 FOREGROUND: Final = 0.01  # of the ground truth's Gaussians, above which a cell is foreground
@@ -215,7 +215,8 @@ def grown(folder: Path, plain: Detector, halo: float) -> Detector:
     if isinstance(plain, BEVFormer):
         raise StageError(f"teacher {folder} cannot run with a halo of {halo} m: its queries were learned for the grid")
     reach = plain.targets.grid.range
-    config = _grown(json.loads((folder / CONFIG).read_text()), halo, ((reach + halo) / reach) ** 2)
+    config = without_checkpoints(json.loads((folder / CONFIG).read_text()))
+    config = _grown(config, halo, ((reach + halo) / reach) ** 2)
     detector = build_detector(config)
     try:
         detector.load_state_dict(plain.state_dict())
@@ -228,12 +229,12 @@ def grown(folder: Path, plain: Detector, halo: float) -> Detector:
 
 
 def _grown(config: Any, halo: float, area: float) -> Any:
-    """The config with every grid reaching further, and without the checkpoints that its weights once came from."""
+    """The config with every grid reaching further, and more voxels for more area."""
     if isinstance(config, list):
         return [_grown(value, halo, area) for value in config]
     if not isinstance(config, dict):
         return config
-    changed = {key: _grown(value, halo, area) for key, value in config.items() if key != "init_cfg"}
+    changed = {key: _grown(value, halo, area) for key, value in config.items()}
     if isinstance(grid := changed.get("grid"), dict):
         changed["grid"] = grid | {"range": grid["range"] + halo}
     if most := changed.get("max_voxels"):

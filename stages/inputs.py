@@ -9,26 +9,42 @@ from typing import Any, Final
 from data.augment import BevConfig, ImageConfig
 from data.dataset import GridConfig, InputConfig, NuScenesDataset
 from data.index import Index
+from models.camera import CameraDetector
 from models.detector import Detector
-from pipeline.params import Params, merge
+from pipeline.params import BevParams, Params, merge
 from pipeline.stage import StageError
 
 INDEX: Final = "outputs/index"
 
 
-def training_dataset(root: Path, params: Params, detector: Detector, seed: int, split: str) -> NuScenesDataset:
+def training_dataset(
+    root: Path,
+    params: Params,
+    detector: Detector,
+    seed: int,
+    split: str,
+    *,
+    beside: Collection[Detector] = (),
+    bev: BevParams | None = None,
+) -> NuScenesDataset:
     """A split, augmented, with what the detector reads and what its losses compare with.
 
+    `beside` are detectors that read the same samples; `bev` augments scenes instead of input.bev.
+
     Raises:
-        StageError: the detector reads RADAR, and `input.radar` is off.
+        StageError: one of them reads RADAR, and `input.radar` is off, or the previous keyframe, and there is none.
     """
-    truth = {"boxes", "depth"} if "images" in detector.sensors else {"boxes"}
-    modalities = {*detector.sensors, *truth}
-    if "radar" in detector.sensors and not params.input.radar:
-        raise StageError(
-            f"input.radar: false, and {type(detector).__name__} reads RADAR: set it to true and run `prepare` again"
-        )
-    changes = {"frames": frames_of(params, detector)}
+    readers = (detector, *beside)
+    modalities = {"boxes"}.union(*(reader.sensors for reader in readers))
+    if isinstance(detector, CameraDetector) and detector.learns_depth:
+        modalities.add("depth")
+    for reader in readers:
+        if "radar" in reader.sensors and not params.input.radar:
+            raise StageError(
+                f"input.radar: false, and {type(reader).__name__} reads RADAR: set it to true and run `prepare` again"
+            )
+    changes: dict[str, Any] = {"frames": frames_of(params, *readers)}
+    changes |= {} if bev is None else {"bev": bev.model_dump()}
     grid = grown_grid(params, 0.0)
     return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grid, **changes)
 

@@ -92,11 +92,6 @@ class Sources:
     ) -> None:
         self.stores, self.online, self.extent, self.targets = dict(stores), dict(online), extent, targets
 
-    @property
-    def sensors(self) -> set[str]:
-        """What the online teachers read of the student's batch."""
-        return {sensor for teacher in self.online.values() for sensor in teacher.detector.sensors}
-
     def cached(self, taps: Collection[str]) -> set[str]:
         """Of `<store>.<tap>` those that the batch must hold, because no online teacher makes them."""
         return set(taps) - {f"{name}.{tap}" for name, teacher in self.online.items() for tap in teacher.taps}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data.batch import Sample
+from models.camera import CAMERAS
 from pipeline.params import Params
 
-CAMERAS: Final = 6
 RADARS: Final = 5
 RADAR_SWEEPS: Final = 6
 RADAR_RETURNS: Final = 50  # of one RADAR in one sweep, about what nuScenes has

@@ -51,7 +51,7 @@ def load_published(folder: Path, build: Callable[[dict[str, Any]], Model]) -> tu
         raise StageError(
             f"{folder} does not hold a whole model ({error}): run the stage that trains it again"
         ) from error
-    model = build(_without_checkpoints(config))
+    model = build(without_checkpoints(config))
     fill(model, weights, folder / WEIGHTS)
     return model.eval(), config
 
@@ -151,8 +151,7 @@ def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
         content = path.read_bytes()
-        found = checksum_of(content)
-        if checksum not in (None, found):
+        if checksum is not None and checksum != (found := checksum_of(content)):
             raise StageError(
                 f"the start {path} has checksum {found}, params.yaml says {checksum}: "
                 "put back the file that was meant, or write the new checksum"
@@ -162,11 +161,11 @@ def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
         raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
 
 
-def _without_checkpoints(config: Any) -> Any:
+def without_checkpoints(config: Any) -> Any:
     """The config without `init_cfg`: every weight is about to be replaced, so no pretrained file need be there."""
     if isinstance(config, dict):
-        return {key: _without_checkpoints(value) for key, value in config.items() if key != "init_cfg"}
-    return [_without_checkpoints(value) for value in config] if isinstance(config, list) else config
+        return {key: without_checkpoints(value) for key, value in config.items() if key != "init_cfg"}
+    return [without_checkpoints(value) for value in config] if isinstance(config, list) else config
 
 
 def _check_names(source: Path, missing: set[str], unused: set[str]) -> None:

@@ -40,7 +40,7 @@ def valid_cells(teacher: Mapping[str, Any], tap: str, maps: Tensor) -> Tensor:
 
 def check_tasks(tap: str, channels: int, targets: TargetEncoder) -> None:
     """Raises ValueError where a teacher's head maps are not of the student's tasks."""
-    expected = targets.classes + CODE_SIZE * len(targets.task_sizes)
+    expected = sum(targets.task_channels)
     if channels != expected:
         raise ValueError(f"'{tap}' has {channels} channels, the student's head {expected}: teacher and student need "
                          "the same tasks")
@@ -48,7 +48,7 @@ def check_tasks(tap: str, channels: int, targets: TargetEncoder) -> None:
 
 def best_score(head: Tensor, targets: TargetEncoder) -> Tensor:
     """Best score over all classes [B, 1, H, W] of a teacher's head maps, laid out as ``head_map`` makes them."""
-    tasks = head.split([CODE_SIZE + classes for classes in targets.task_sizes], dim=1)
+    tasks = head.split(targets.task_channels, dim=1)
     return torch.cat([task[:, CODE_SIZE:] for task in tasks], dim=1).amax(1, keepdim=True).sigmoid()
 
 

@@ -140,6 +140,23 @@ def simulated_config(**changes: Any) -> dict[str, Any]:
     return camera_config(type="SimulatedFusion", fused_channels=16) | changes
 
 
+def bevformer_config(**changes: Any) -> dict[str, Any]:
+    """A small BEVFormer of two frames: 8 x 8 queries for the grid's 32 x 32 cells."""
+    camera = camera_config()
+    shared = {key: camera[key] for key in ("grid", "stride", "image_backbone", "image_neck", "bev_neck")}
+    return {"type": "BEVFormer", **shared, "channels": 12, "queries": 8, "layers": 2, "heads": 3, "points": 2,
+            "pillar": [-1.5, -0.5], "feedforward": 16, "bev_backbone": second(12, [1, 2]), "head": head_config(),
+            "frames": 2} | changes
+
+
+def trained(module: nn.Module, scale: float = 0.3) -> nn.Module:
+    """The module with random weights where it has zeros."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
 def awaken(student: Detector) -> Detector:
     """The student with a compensation that does something, as after training."""
     for name in ("image_compensation", "bev_compensation"):
@@ -172,8 +189,8 @@ def let_in(lift: nn.Module, sensed: str) -> None:
     """A defect of SimDistill's released code: a lift of camera features that looks at something else too."""
     plain: Callable[..., Any] = lift.forward
 
-    def forward(features: Tensor, batch: Any, frame: int = 0) -> Any:
+    def forward(features: Tensor, batch: Any, **options: Any) -> Any:
         seen = torch.stack([sample.float().mean() for sample in getattr(batch, sensed)])
-        return plain(features + seen.view(-1, 1, 1, 1, 1), batch, frame)
+        return plain(features + seen.view(-1, 1, 1, 1, 1), batch, **options)
 
     lift.forward = forward

@@ -28,33 +28,16 @@ from models.bev_attention import (
 from models.bevformer import BEVEmbeddings, BEVFormer
 from models.detector import build_detector
 from models.grid import Grid
-from tests.models.factory import camera_config, head_config, random_batch, read_by, second
+from tests.models.factory import bevformer_config, random_batch, read_by, trained
 
 CHANNELS, SIDE, HEADS, POINTS, HEIGHTS = 12, 6, 3, 2, [-1.5, -0.5]
 GEOMETRY = ("images", "intrinsics", "image_aug", "lidar_SE3_cam", "bev_aug", "has_previous")
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    """A small detector: 8 x 8 queries for the grid's 32 x 32 cells."""
-    camera = camera_config()
-    shared = {key: camera[key] for key in ("grid", "stride", "image_backbone", "image_neck", "bev_neck")}
-    return {"type": "BEVFormer", **shared, "channels": CHANNELS, "queries": 8, "layers": 2, "heads": HEADS,
-            "points": POINTS, "pillar": HEIGHTS, "feedforward": 16, "bev_backbone": second(CHANNELS, [1, 2]),
-            "head": head_config(), "frames": 2} | changes
-
-
-def trained(module: nn.Module, scale: float = 0.3) -> nn.Module:
-    """The module with random weights where it has zeros."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
 def detector(**changes: Any) -> BEVFormer:
     """A detector at evaluation whose queries choose what they read."""
     torch.manual_seed(0)
-    built = build_detector(config(**changes))
+    built = build_detector(bevformer_config(**changes))
     assert isinstance(built, BEVFormer)
     trained(built.encoder, 0.1)
     return built.eval()
@@ -193,7 +176,7 @@ def test_only_computing_what_is_seen_changes_no_number(monkeypatch: pytest.Monke
     sight = look(model.cells.centers(), model.pillar, batch, 0)
     assert sight.queries.shape[-1] < 0.7 * model.cells.size**2
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    assert look(model.cells.centers(), model.pillar, batch, 0).queries.shape[-1] == model.cells.size**2
+    assert look(model.cells.centers(), model.pillar, batch, 0).positions.shape[2] == model.cells.size**2
     for name, dense in model(batch, taps).taps.items():
         torch.testing.assert_close(dense, sparse[name], rtol=1e-5, atol=1e-5)
 
@@ -242,7 +225,7 @@ def test_the_views_average_to_what_the_last_layer_projects() -> None:
 
 def test_every_parameter_learns_and_steps_reduce_the_loss() -> None:
     torch.manual_seed(0)
-    model, batch = build_detector(config()), random_batch(frames=2)
+    model, batch = build_detector(bevformer_config()), random_batch(frames=2)
     optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
     trace = []
     for _ in range(12):
@@ -382,6 +365,8 @@ def test_an_exported_graph_gives_the_same() -> None:
 
     tensors = tuple(getattr(batch, name) for name in names)
     program = torch.export.export(Exported(), tensors, strict=False)
+    used = {str(node.target).partition(".")[2] for node in program.graph.nodes}
+    assert used.isdisjoint({"gather.default", "scatter.src"}), "where all queries are computed none is looked up"
     other = random_batch(batch_size=1, frames=2, seed=5)
     other.lidar_SE3_cam[..., 0, 3] += 1.0  # another rig sees other pillars
     given = tuple(getattr(other, name) for name in names)
@@ -399,9 +384,9 @@ def test_smaller_images_are_what_it_asked_for() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="5 heads do not divide 12 channels: set heads"):
-        MODELS.build(config(heads=5))
+        MODELS.build(bevformer_config(heads=5))
     with pytest.raises(ValueError, match="frames 3 must be 1"):
-        MODELS.build(config(frames=3))
+        MODELS.build(bevformer_config(frames=3))
     with pytest.raises(ValueError, match="built for 2 frames, the batch has 1"):
         detector()(random_batch())
 

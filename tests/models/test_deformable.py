@@ -19,6 +19,7 @@ from models.deformable import (
     GeometryCompensation,
     deformable_attention,
 )
+from tests.models.factory import trained
 
 SHAPE = (5, 7)
 
@@ -36,14 +37,6 @@ def mmcvs(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """mmcv's reference, which counts levels."""
     return multi_scale_deformable_attn_pytorch(value, torch.tensor([SHAPE]), locations.unsqueeze(3),
                                                weights.unsqueeze(3))
-
-
-def trained(module: torch.nn.Module) -> torch.nn.Module:
-    """The module with random weights where it has zeros; offsets of a few cells."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return module
 
 
 def test_a_sample_is_read_between_the_four_cells_around_it() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models import bev_pool as pooling
 from models.bev_pool import bev_pool_by_product, bev_pool_reference
-from models.deformable import FullPrecisionDeformConv, convolve_samples
+from models.deformable import FullPrecisionDCNv2, FullPrecisionDeformConv, convolve_samples
 from models.detector import Detector, build_detector
 from models.padded_points import earlier
 from tests.models.factory import RADAR_MAP, camera_config, lidar_config, radar_config, random_batch
@@ -105,6 +105,13 @@ def test_deformable_convolution_by_samples_equals_mmcvs() -> None:
     plain = layer(x)
     with exporting():
         torch.testing.assert_close(layer(x), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_modulated_convolution_says_that_it_stays() -> None:
+    layer, x = FullPrecisionDCNv2(6, 8, 3, padding=1), torch.ones(1, 6, 5, 9)
+    assert layer(x).shape == (1, 8, 5, 9)
+    with exporting(), pytest.raises(ValueError, match="export of FullPrecisionDCNv2: only detectors whose backbone"):
+        layer(x)
 
 
 def built(config: dict[str, Any]) -> Detector:

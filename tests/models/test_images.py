@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.images import nearest_depth, resized
+from models.images import depth_at, nearest_depth, resized
 from models.projection import project
 from tests.models.factory import IMAGE, random_batch
 
@@ -34,6 +34,15 @@ def test_a_bright_square_stays_where_it_is() -> None:
 def test_a_batch_of_the_right_size_comes_back() -> None:
     batch = random_batch()
     assert resized(batch, IMAGE, 8) is batch
+
+
+def test_the_depth_alone_is_that_of_the_batch_brought_to_a_size() -> None:
+    batch = random_batch()
+    assert torch.equal(depth_at(batch, (16, 32), 8), resized(batch, (16, 32), 8).depth)
+    assert depth_at(batch, (16, 32), 8).shape == (2, 3, 2, 4)
+    assert depth_at(batch, IMAGE, 8) is batch.depth
+    batch.depth = torch.empty(2, 3, 0, 0)
+    assert depth_at(batch, (16, 32), 8) is batch.depth
 
 
 def test_a_cell_keeps_the_nearest_depth() -> None:

@@ -148,8 +148,8 @@ def test_compensation_in_both_lifts_would_be_seen() -> None:
     camera, compensate = detector.get_submodule("camera_lift"), detector.get_submodule("image_compensation")
     plain: Callable[..., Any] = camera.forward
 
-    def forward(features: Tensor, batch: Any) -> Any:
-        return plain(compensate(features.flatten(0, 1)).unflatten(0, features.shape[:2]), batch)
+    def forward(features: Tensor, batch: Any, **options: Any) -> Any:
+        return plain(compensate(features.flatten(0, 1)).unflatten(0, features.shape[:2]), batch, **options)
 
     camera.forward = forward
     assert "bev_lift_camera" in reached(detector, "image_compensation")

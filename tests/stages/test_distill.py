@@ -308,6 +308,13 @@ def test_only_the_keyframes_that_a_student_reads_are_loaded(root: Path, frames: 
             samples_of(short, student, sources, seed=0)
 
 
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_depth_is_read_only_where_a_loss_compares_with_it(root: Path, weight: float) -> None:
+    context = context_of(root, parse(), "distill", "x-0")
+    student, sources = build_detector(camera_config(depth_loss_weight=weight)), open_sources(context, {})
+    assert bool(samples_of(context, student, sources, seed=0)[0].depth.numel()) == (weight > 0)
+
+
 def test_a_students_start_and_samples_do_not_depend_on_how_it_is_taught(root: Path) -> None:
     params = parse(MOVED)
     (first, batches), (second, others) = (set_up(root, params, name, *KINDS) for name in ("exact", "live"))
@@ -345,7 +352,7 @@ def test_statistics_of_an_online_tap_are_those_of_a_store(root: Path) -> None:
 def test_only_what_the_terms_read_is_opened(root: Path, tmp_path: Path) -> None:
     context = context_of(root, parse(), "distill", "x-0")
     sources = open_sources(context, {})
-    assert (sources.stores, sources.online, sources.sensors) == ({}, {}, set())
+    assert (sources.stores, sources.online) == ({}, {})
     assert tap_statistics(context, sources) == {}
     online = open_sources(context, configs("mixed", "xfd"))
     assert (list(online.stores), list(online.online)) == ([], ["mixed"])

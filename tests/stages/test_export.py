@@ -28,15 +28,15 @@ from tests.models.factory import (
     COMPENSATION,
     RADAR_MAP,
     awaken,
+    bevformer_config,
     camera_config,
     fusion_config,
     lidar_config,
     radar_config,
     random_batch,
     simulated_config,
+    trained,
 )
-from tests.models.test_bevformer import config as bevformer_config
-from tests.models.test_bevformer import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "two-words-3"

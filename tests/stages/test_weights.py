@@ -19,6 +19,7 @@ from stages.large import start_from_camera
 from stages.weights import WEIGHTS, save_detector, start_from, start_in_part
 from tests.models.factory import (
     COMPENSATION,
+    bevformer_config,
     camera_config,
     fusion_config,
     lidar_config,
@@ -240,18 +241,7 @@ def test_a_large_teacher_takes_what_the_camera_part_has_for_it(parts: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "camera").symlink_to(parts["camera"])
     given = load_file(parts["camera"] / WEIGHTS)
-    former = {
-        "type": "BEVFormer",
-        "channels": 8,
-        "queries": 8,
-        "layers": 1,
-        "heads": 2,
-        "points": 1,
-        "pillar": [-1.0],
-        "feedforward": 8,
-    }
-    plain = {key: value for key, value in camera_config().items() if key not in ("depth_net", "depth_bins")}
-    for config, modules in ((camera_config(frames=2), {"images", "lift"}), (plain | former, {"images"})):
+    for config, modules in ((camera_config(frames=2), {"images", "lift"}), (bevformer_config(), {"images"})):
         detector = build_detector(config)
         before = copies(detector)
         start_from_camera(context, detector)  # type: ignore[arg-type]
