@@ -1,5 +1,5 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
-# make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke (docs/studies.md)
+# make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke WORKTREE=../x3kd (docs/studies.md)
 # make test   lint and the test suite
 # make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
@@ -29,11 +29,11 @@ demo: setup      ## the study of params.yaml at demo size
 	@$(PY) -m pipeline run
 	@cat reports/table.txt
 
-study: setup     ## PROFILE is optional: the study names the one that it is meant for
+LAID := $(if $(PROFILE),--profile $(PROFILE))
+study: setup     ## PROFILE is optional: the study names the one that it is meant for; WORKTREE is made where it is not there
 	@test -n "$(STUDY)" || { $(PY) -m pipeline study; echo "which one? make study STUDY=..."; exit 2; }
-	@$(PY) -m pipeline study $(STUDY) $(if $(PROFILE),--profile $(PROFILE))
-	@$(PY) -m pipeline run
-	@cat reports/table.txt
+	@test -z "$(WORKTREE)" || test -e "$(WORKTREE)" || $(PY) -m pipeline worktree "$(WORKTREE)" --study $(STUDY) $(LAID)
+	@cd "$(or $(WORKTREE),.)" && $(PY) -m pipeline study $(STUDY) $(LAID) && $(PY) -m pipeline run && cat reports/table.txt
 
 lint: setup
 	@.venv/bin/ruff check .

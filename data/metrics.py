@@ -12,13 +12,15 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.common.data_classes import EvalBoxes
+from nuscenes.eval.detection.algo import accumulate, calc_ap
 from nuscenes.eval.detection.data_classes import DetectionMetricDataList, DetectionMetrics
 from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
@@ -53,6 +55,16 @@ class MetricsError(Exception):
 
 
 @dataclass(frozen=True)
+class SceneScore:
+    """One scene by itself: mean over the classes that it has, None where it has none, and over the match distances."""
+
+    scene: str
+    mean_ap: float | None
+    boxes: int  # of truth that the devkit kept
+    samples: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What the devkit computed for one submission.
 
@@ -65,6 +77,7 @@ class Evaluation:
     truth: dict[str, int]
     predicted: dict[str, int]
     samples: int
+    scenes: list[SceneScore]  # in order of name
 
 
 def open_tables(dataroot: Path, version: str) -> NuScenes:
@@ -141,8 +154,41 @@ def _run_devkit(nusc: NuScenes, path: Path, split: str, tokens: list[str]) -> Ev
         raise MetricsError(f"the devkit refuses the submission for split {split!r}: {error}") from error
     metrics, details = devkit.evaluate()
     return Evaluation(
-        metrics, details, _count(devkit.gt_boxes.all), _count(devkit.pred_boxes.all), len(devkit.sample_tokens)
+        metrics,
+        details,
+        _count(devkit.gt_boxes.all),
+        _count(devkit.pred_boxes.all),
+        len(devkit.sample_tokens),
+        _scene_scores(nusc, devkit),
     )
+
+
+def _scene_scores(nusc: NuScenes, devkit: DetectionEval) -> list[SceneScore]:
+    """The devkit's AP on the boxes of each scene alone."""
+    tokens: dict[str, list[str]] = {}
+    for token in devkit.sample_tokens:
+        scene = nusc.get("scene", nusc.get("sample", token)["scene_token"])["name"]
+        tokens.setdefault(scene, []).append(token)
+    return [_scene_score(devkit, scene, tokens[scene]) for scene in sorted(tokens)]
+
+
+def _scene_score(devkit: DetectionEval, scene: str, tokens: Sequence[str]) -> SceneScore:
+    config, truth, found = devkit.cfg, _boxes_of(devkit.gt_boxes, tokens), _boxes_of(devkit.pred_boxes, tokens)
+    aps = [
+        calc_ap(
+            accumulate(truth, found, name, config.dist_fcn_callable, distance), config.min_recall, config.min_precision
+        )
+        for name in sorted({box.detection_name for box in truth.all})
+        for distance in config.dist_ths
+    ]
+    return SceneScore(scene, sum(aps) / len(aps) if aps else None, len(truth.all), len(tokens))
+
+
+def _boxes_of(boxes: EvalBoxes, tokens: Sequence[str]) -> EvalBoxes:
+    some = EvalBoxes()
+    for token in tokens:
+        some.add_boxes(token, boxes[token])
+    return some
 
 
 def _check_tokens(results: dict[str, Any], tokens: list[str], split: str) -> None:
@@ -175,7 +221,8 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
     Keys: mAP, NDS, mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy), as the devkit averages them;
     the same with `_present`, over the classes that have truth; `classes`: name -> AP, AP at each distance, the five
-    errors, numbers of truth and predicted boxes; `samples`; `boxes`: their totals.
+    errors, numbers of truth and predicted boxes; `samples`; `boxes`: their totals; `scenes`: a list with each scene's
+    name, mAP over the classes that it has truth of, boxes of truth and samples.
     """
     metrics = evaluation.metrics
     present = [name for name in CLASSES if evaluation.truth[name]]
@@ -190,6 +237,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "samples": evaluation.samples,
         "boxes": {"truth": sum(evaluation.truth.values()), "predicted": sum(evaluation.predicted.values())},
         "classes": {name: _class_summary(evaluation, name) for name in CLASSES},
+        "scenes": [_scene_summary(score) for score in evaluation.scenes],
     }
 
 
@@ -202,6 +250,11 @@ def _class_summary(evaluation: Evaluation, name: str) -> dict[str, Any]:
         "truth": evaluation.truth[name],
         "predicted": evaluation.predicted[name],
     }
+
+
+def _scene_summary(score: SceneScore) -> dict[str, Any]:
+    mean_ap = None if score.mean_ap is None else _number(score.mean_ap)
+    return {"scene": score.scene, "mAP": mean_ap, "boxes": score.boxes, "samples": score.samples}
 
 
 def _number(value: float) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,7 @@ from data.sensors import read_points
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]
+Size = tuple[int, int]  # pixels: width and height, or to the right and down
 
 COLOURS: Final[dict[str, str]] = {
     "car": "#4ea3ff",
@@ -53,6 +55,9 @@ CAMERA_GRID: Final = (
 NEAR: Final = 0.1  # metres before the image plane: what is nearer is cut off
 BEV_RANGE: Final = 51.2
 
+# Share of the size, and WebP's quality.
+FILM_QUALITIES: Final = ((1.0, 80), (1.0, 60), (0.75, 60), (0.75, 40), (0.5, 40), (0.5, 20))
+
 _BACKGROUND: Final = "#10151c"
 _INK: Final = "#e8ecf1"
 _SOFT: Final = "#8d99a6"
@@ -64,6 +69,8 @@ _BEV: Final = 600
 _GAP: Final = 4
 HALF: Final = (3 * _CELL) // 2  # pixels, width of one of two panels below the cameras, with a gap between them
 _STRIP: Final = 30  # pixels, height of the title strip
+_COLUMN: Final = 446  # pixels, width of a model's column
+_BETWEEN: Final = 16  # pixels between two of them
 
 _BOTTOM: Final = ((0, 1), (1, 2), (2, 3), (3, 0))
 _EDGES: Final = np.array([*_BOTTOM, *((a + 4, b + 4) for a, b in _BOTTOM), *((a, a + 4) for a in range(4))])
@@ -140,7 +147,7 @@ def read_image(path: Path, token: str) -> Picture:
 
 def draw_cameras(view: View, shown: Boxes, title: str) -> Picture:
     """The six cameras in two rows with the boxes projected into them, under a strip with the title and a legend."""
-    return _cameras(view, title, shown.labels, lambda axes, name: _projected(axes, view, name, shown))
+    return _cameras(view, title, shown.labels, partial(_project, view=view, shown=shown))
 
 
 def draw_camera_instances(view: View, shown: Mapping[str, ImageInstances], title: str) -> Picture:
@@ -151,21 +158,33 @@ def draw_camera_instances(view: View, shown: Mapping[str, ImageInstances], title
 
 def _cameras(view: View, title: str, labels: NDArray[np.int64], draw: Callable[[Axes, str], None]) -> Picture:
     """The six cameras under a strip; `draw` puts what is shown over the image of a camera."""
-    height, width = view.images[CAMERA_GRID[0][0]].shape[:2]
-    cell = round(_CELL * height / width)
-    size = (3 * _CELL + 2 * _GAP, _STRIP + 2 * cell + _GAP)
+    size = (3 * _CELL + 2 * _GAP, _STRIP + _camera_rows(view, _CELL))
     figure = _figure(size)
     _strip(figure, size, title, labels)
+    _put_cameras(figure, size, (0, _STRIP), _CELL, view, draw)
+    return _render(figure)
+
+
+def _camera_rows(view: View, cell: int) -> int:
+    """Pixels, height of two rows of cameras `cell` pixels wide."""
+    height, width = view.images[CAMERA_GRID[0][0]].shape[:2]
+    return 2 * round(cell * height / width) + _GAP
+
+
+def _put_cameras(
+    figure: Figure, size: Size, corner: Size, cell: int, view: View, draw: Callable[[Axes, str], None]
+) -> None:
+    """The six cameras in two rows, `cell` pixels wide each; `corner` is their top left one."""
+    height = (_camera_rows(view, cell) - _GAP) // 2
     for row, names in enumerate(CAMERA_GRID):
         for column, name in enumerate(names):
-            corner = (column * (_CELL + _GAP), _STRIP + row * (cell + _GAP))
-            axes = _axes(figure, size, corner, (_CELL, cell))
-            _photograph(axes, view.images[name], _CELL)
+            place = (corner[0] + column * (cell + _GAP), corner[1] + row * (height + _GAP))
+            axes = _axes(figure, size, place, (cell, height))
+            _photograph(axes, view.images[name], cell)
             draw(axes, name)
             label = name.removeprefix("CAM_").replace("_", " ").lower()
             text = axes.text(0.012, 0.965, label, transform=axes.transAxes, color="white", fontsize=8, va="top")
             text.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.6))])
-    return _render(figure)
 
 
 def _photograph(axes: Axes, image: Picture, width: int) -> None:
@@ -183,7 +202,7 @@ def _frame(size: tuple[int, ...]) -> tuple[float, float, float, float]:
     return -0.5, width - 0.5, height - 0.5, -0.5
 
 
-def _projected(axes: Axes, view: View, name: str, shown: Boxes) -> None:
+def _project(axes: Axes, name: str, view: View, shown: Boxes) -> None:
     """Boxes in one camera."""
     segments, faces, owner, facing = project_boxes(shown.boxes, view.camera_SE3_lidar[name], view.intrinsics[name])
     colours = np.array(shown.colours(), dtype=object)
@@ -270,6 +289,11 @@ def draw_bev(
 ) -> Picture:
     """Bird's-eye view of +-reach metres, forward up, with the LiDAR points; `beneath` is drawn dashed and grey."""
     figure, axes = _bev_axes(title, reach, side)
+    _put_bev(axes, view, shown, beneath)
+    return _render(figure)
+
+
+def _put_bev(axes: Axes, view: View, shown: Boxes, beneath: Boxes | None) -> None:
     _rings(axes)
     points = view.points
     axes.scatter(points[:, 0], points[:, 1], c=points[:, 2], cmap=_HEIGHT, vmin=-2, vmax=3, s=0.55, linewidths=0)
@@ -277,6 +301,29 @@ def draw_bev(
         _footprints(axes, beneath, ["#b8c2cc"] * len(beneath.boxes), (0, (3, 2)), 0.0)
     _footprints(axes, shown, shown.colours(), "solid", 0.25)
     axes.add_collection(PolyCollection([_EGO], facecolors=_INK, edgecolors=_BACKGROUND, linewidths=0.8, zorder=5))
+
+
+def draw_columns(view: View, columns: Sequence[tuple[str, Boxes]], title: str, labels: NDArray[np.int64]) -> Picture:
+    """A keyframe as several models see it, side by side: cameras above the bird's-eye view, where truth is dashed.
+
+    Args:
+        view: the keyframe.
+        columns: title and boxes of each model.
+        title: the line above.
+        labels: classes of the legend, so that the keyframes of a film have the same one.
+    """
+    cell = (_COLUMN - 2 * _GAP) // 3
+    rows = _camera_rows(view, cell)
+    size = (len(columns) * (_COLUMN + _BETWEEN) - _BETWEEN, 2 * _STRIP + rows + _GAP + _COLUMN)
+    figure = _figure(size)
+    _strip(figure, size, title, labels)
+    for place, (name, shown) in enumerate(columns):
+        left, top = place * (_COLUMN + _BETWEEN), 2 * _STRIP
+        figure.text((left + 8) / size[0], 1 - 1.5 * _STRIP / size[1], name, color=_INK, fontsize=11, va="center")
+        _put_cameras(figure, size, (left, top), cell, view, partial(_project, view=view, shown=shown))
+        axes = _axes(figure, size, (left, top + rows + _GAP), (_COLUMN, _COLUMN))
+        axes.set(xlim=(-BEV_RANGE, BEV_RANGE), ylim=(-BEV_RANGE, BEV_RANGE))
+        _put_bev(axes, view, shown, view.truth)
     return _render(figure)
 
 
@@ -509,17 +556,31 @@ def save(picture: Picture, path: Path) -> None:
     Image.fromarray(picture).save(path, **settings)
 
 
+def save_film(frames: Sequence[Picture], path: Path, milliseconds: int, limit: int) -> None:
+    """Write frames of one size as an animated WebP without an end, each for so many milliseconds.
+
+    It is made at the best of FILM_QUALITIES at which it has no more than `limit` bytes, or else at the last of them.
+    """
+    images = [Image.fromarray(frame) for frame in frames]
+    for share, quality in FILM_QUALITIES:
+        size = round(images[0].width * share), round(images[0].height * share)
+        first, *rest = (image.resize(size, Image.Resampling.LANCZOS) for image in images)
+        first.save(path, "WEBP", save_all=True, append_images=rest, duration=milliseconds, quality=quality, method=4)
+        if path.stat().st_size <= limit:
+            return
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, without matplotlib's version in it."""
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _figure(size: tuple[int, int]) -> Figure:
+def _figure(size: Size) -> Figure:
     return Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
 
 
-def _axes(figure: Figure, size: tuple[int, int], corner: tuple[int, int], extent: tuple[int, int]) -> Axes:
+def _axes(figure: Figure, size: Size, corner: Size, extent: Size) -> Axes:
     """Axes over a rectangle given in pixels from the top left corner."""
     left, top = corner
     width, height = extent
@@ -529,7 +590,7 @@ def _axes(figure: Figure, size: tuple[int, int], corner: tuple[int, int], extent
     return axes
 
 
-def _strip(figure: Figure, size: tuple[int, int], title: str, labels: NDArray[np.int64]) -> None:
+def _strip(figure: Figure, size: Size, title: str, labels: NDArray[np.int64]) -> None:
     """A title, and a legend of the classes that are shown."""
     middle = 1 - _STRIP / 2 / size[1]
     figure.text(8 / size[0], middle, title, color=_INK, fontsize=9.5, va="center")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.detector import Detections
 from models.grid import Grid
+from models.processes import across_processes
 from models.targets import TargetEncoder, Targets
 
 REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
@@ -171,20 +172,26 @@ class GridCenterHead(CenterHead):
         return heatmaps, *(list(values.unbind(1)) for values in (targets.code, targets.cell, targets.valid.byte()))
 
     def losses(self, head: list[dict[str, Tensor]], targets: Targets) -> dict[str, Tensor]:
-        """Gaussian focal and L1 losses, each the sum over tasks of a mean over that task's objects."""
+        """Gaussian focal and L1 losses, each the sum over tasks of a mean over that task's objects.
+
+        Objects of all processes: mmdet3d takes the mean over a process's own, so that its losses depend on which
+        process has which sample.
+        """
         heat = torch.cat([task["heatmap"] for task in head], dim=1)
         cells = gaussian_focal_loss(heat, targets.heatmap).sum((0, 2, 3))
         peaks = (targets.heatmap == 1).sum((0, 2, 3))
         task_of_class = torch.tensor(self.targets.task_of_class, device=heat.device)
         task_peaks = torch.zeros(len(head), device=heat.device).index_add(0, task_of_class, peaks.float())
-        loss_heatmap = (cells / task_peaks.clamp(min=1)[task_of_class]).sum()
+        task_peaks, processes = across_processes(task_peaks)
+        loss_heatmap = (cells / (task_peaks.clamp(min=1) / processes)[task_of_class]).sum()
 
         maps = torch.stack([torch.cat([task[name] for name in REGRESSION], dim=1) for task in head], dim=1)
         # mmdet3d multiplies by a zero weight instead, and NaN velocities become NaN losses.
         known = targets.valid.unsqueeze(-1) & ~targets.code.isnan()
         weights = known * heat.new_tensor(self.code_weights)
         error = (gather_cells(maps, targets.cell) - targets.code.nan_to_num(0.0)).abs() * weights
-        loss_box = (error.sum((0, 2, 3)) / (targets.valid.sum((0, 2)) + 1e-4)).sum()
+        objects, processes = across_processes(targets.valid.sum((0, 2)))
+        loss_box = (error.sum((0, 2, 3)) / ((objects + 1e-4) / processes)).sum()
         return {"heatmap": loss_heatmap, "box": self.box_weight * loss_box}
 
     def _candidates(self, task: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
+from models.processes import across_processes
+
 CAMERA_PARAMETERS = 22
 
 
@@ -110,7 +112,7 @@ def depth_loss(logits: Tensor, depth: Tensor, bins: DepthBins, kind: Literal["bc
         kind: ``bce`` sums a binary term per bin of the softmax, as BEVDepth does; ``ce`` is cross-entropy.
 
     Returns:
-        Mean over the cells that have a depth inside the bins; 0 without any.
+        Mean over the cells, of all processes, that have a depth inside the bins; 0 without any.
 
     Raises:
         ValueError: if the shapes differ.
@@ -126,4 +128,5 @@ def depth_loss(logits: Tensor, depth: Tensor, bins: DepthBins, kind: Literal["bc
     if kind == "bce":
         log_q = torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
         total = total - log_q.sum() + log_q.gather(-1, target).sum()
-    return total / known.sum().clamp(min=1)
+    cells, processes = across_processes(known.sum())
+    return total / (cells.clamp(min=1) / processes)

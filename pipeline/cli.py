@@ -93,6 +93,25 @@ def study(
 
 
 @app.command()
+def worktree(
+    path: Annotated[Path | None, typer.Argument(help="A folder that is not there yet, beside this one.")] = None,
+    study: Annotated[str | None, typer.Option(help="Laid over its params.yaml.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Instead of the one that the study names.")] = None,
+    branch: Annotated[str | None, typer.Option(help="A new branch for it; default: none.")] = None,
+) -> None:
+    """Make a workspace for another study, which shares this one's cache and environment; without a path, list them."""
+    from pipeline import worktree
+
+    path = path.absolute() if path else None
+    root = prepare()
+    if path is None:
+        print(worktree.describe(root))
+        return
+    made = worktree.make(path, root, study, profile, branch)
+    print(f"{made}\n{worktree.what_next(made)}")
+
+
+@app.command()
 def report() -> None:
     """Build the report from reports/metrics again."""
     from pipeline.stage import run_stage
@@ -136,16 +155,33 @@ def ui(port: int = 5000) -> None:
 
 @app.command()
 def up(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
-    """Serve Prefect and MLflow on 127.0.0.1 until Ctrl-C; they end together."""
+    """Serve Prefect and MLflow on 127.0.0.1 until Ctrl-C, with the work pools of prefect.yaml (docs/cluster.md)."""
     from pipeline.processes import together
 
     prepare()
-    print(
-        f"export PREFECT_API_URL=http://127.0.0.1:{prefect_port}/api MLFLOW_TRACKING_URI=http://127.0.0.1:{mlflow_port}",
-        flush=True,
-    )
+    api = f"http://127.0.0.1:{prefect_port}/api"
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
-    _leave(together([prefect, _mlflow("server", mlflow_port)]))
+
+    def greet() -> bool:
+        if not _answers(f"{api}/health"):
+            return False
+        from pipeline.deployment import provide
+
+        print("\n".join(provide(api)))
+        print(f"export PREFECT_API_URL={api} MLFLOW_TRACKING_URI=http://127.0.0.1:{mlflow_port}", flush=True)
+        return True
+
+    _leave(together([prefect, _mlflow("server", mlflow_port)], greet))
+
+
+def _answers(url: str) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 @track.command("init")

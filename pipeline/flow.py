@@ -7,27 +7,28 @@ and cancels; DVC decides whether a stage really runs, and records it.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from filelock import FileLock, Timeout
-
-from pipeline import gpus, graph
+from pipeline import graph, launchers, slots
 from pipeline.environment import cores
 from pipeline.errors import PipelineError
 from pipeline.graph import Node
-from pipeline.launch import PREEMPTED
+from pipeline.launchers import PREEMPTED
 from pipeline.processes import Children, stop_groups
 
 GRACE_SECONDS = 60.0  # from SIGTERM to SIGKILL of a stage that saves
@@ -44,6 +45,7 @@ HINTS = (
 )
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 PREEMPTION = f"exited with {PREEMPTED}"
+COUNTS = re.compile(r"(?:.* )?(\d+)/([1-9]\d*)(?: .*)?")  # pipeline/progress.py: `extract 40/128 ...`
 Outcome = Literal["done", "cached", "failed", "skipped"]
 
 
@@ -74,22 +76,22 @@ class Run:
 
     root: Path
     plan: Plan
-    slots: int
+    slots: int  # stages at once
     children: Children = field(default_factory=Children)
     results: dict[str, Result] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    link: str = ""  # the flow's run in MLflow
 
 
 def make_plan(root: Path, targets: Sequence[str]) -> Plan:
     """The targets and all they need (without targets: everything), each with the reasons to run it."""
-    everything = graph.graph(root)
-    nodes = graph.select(everything, targets)
-    changed = graph.status(root)
+    everything, changed = graph.graph_and_status(root)
+    nodes, beside = graph.select(everything, targets), graph.beside(everything)
     plan: Plan = {}
     for name, node in nodes.items():
         reasons = list(changed.get(name, ()))
         reasons += [f"after {other}" for other in node.upstream if other in plan and plan[other].reasons]
-        plan[name] = Step(node, reasons, graph.beside(everything, name))
+        plan[name] = Step(node, reasons, beside[name])
     return plan
 
 
@@ -109,30 +111,59 @@ def describe(plan: Plan) -> str:
 
 
 def run(plan: Plan, root: Path, max_parallel: int | None = None) -> int:
-    """Run the flow; returns the exit code: 0, or 1 when a stage failed."""
+    """Run a plan here as a flow; returns the exit code: 0, or 1 when a stage failed."""
     if not any(step.reasons for step in plan.values()):
         print("everything is up to date")
         return 0
-    lock = FileLock(root / ".dvc" / "tmp" / "flow.lock")
+    with alone(root), _ends_with_exit():
+        from prefect import flow
+
+        from pipeline.deployment import NAME
+
+        @flow(name=NAME, persist_result=False)
+        def pipeline() -> Any:
+            return conduct(plan, root, max_parallel)
+
+        state: Any = pipeline(return_state=True)
+        return 0 if state.is_completed() else 1
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Be the only flow of this workspace. Raises PipelineError when there is one."""
+    from filelock import FileLock, Timeout
+
+    path = root / ".dvc" / "tmp" / "flow.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise PipelineError("a flow is already running in this workspace: wait for it, or stop it") from None
-    slots = max_parallel or len(gpus.visible_gpus()) or min(2, cores())
-    with lock, _ends_with_exit(), _tracked(root, plan) as environment:
-        this = Run(root, plan, slots, environment=environment)
-        _build_flow(this)()
-        print(_summary(this.results), flush=True)
-        return 1 if any(result.outcome in ("failed", "skipped") for result in this.results.values()) else 0
+        raise PipelineError(f"a flow is already running in this workspace ({root}): wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _build_flow(this: Run) -> Any:
-    """The Prefect flow of a plan; its body runs in the main thread, its tasks in `slots` threads."""
-    from prefect import flow, task
-    from prefect.artifacts import create_markdown_artifact
+def conduct(plan: Plan, root: Path, max_parallel: int | None) -> Any:
+    """The body of the flow, in the main thread: run what is out of date; returns the flow's state for Prefect."""
+    from prefect.states import Completed, Failed
+
+    this = Run(root, plan, max_parallel or slots.of_this_machine())
+    with _tracked(this), _stops_children(this.children):
+        _schedule(this, _task(this))
+    print(_summary(this), flush=True)
+    _create_artifacts(this)
+    failed = [name for name, result in this.results.items() if result.outcome == "failed"]
+    return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed()
+
+
+def _task(this: Run) -> Any:
+    """The Prefect task that runs a stage of the plan."""
+    from prefect import task
     from prefect.cache_policies import NO_CACHE
     from prefect.states import Completed, Failed
-    from prefect.task_runners import ThreadPoolTaskRunner
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def reproduce(name: str) -> Any:
@@ -140,32 +171,33 @@ def _build_flow(this: Run) -> Any:
             this.results[name] = Result("cached")
             return Completed(name="Cached")
         try:
-            result = _reproduce(this, name)
+            with slots.held(_gpus(this, name), lambda text: _say(name, text), lambda: this.children.stopped):
+                result = _reproduce(this, name)
+        except InterruptedError:
+            result = Result("failed", note="stopped")
         except Exception as error:
             result = Result("failed", note=f"{type(error).__name__}: {error}")
         this.results[name] = result
-        print(
-            f"[{name}] {result.outcome} in {result.seconds:.1f} s{': ' if result.note else ''}{result.note}", flush=True
-        )
+        _say(name, f"{result.outcome} in {result.seconds:.1f} s{': ' if result.note else ''}{result.note}")
         return Completed() if result.outcome == "done" else Failed(message=result.note)
 
-    runner: Any = ThreadPoolTaskRunner(max_workers=this.slots)
+    return reproduce
 
-    @flow(name="pipeline", persist_result=False, task_runner=runner)
-    def pipeline() -> Any:
-        with _stops_children(this.children):
-            _schedule(this, reproduce)
-        create_markdown_artifact(key="summary", markdown=_artifact(this), description="what ran, and the study's table")
-        failed = [name for name, result in this.results.items() if result.outcome == "failed"]
-        return Failed(message=f"failed: {', '.join(failed)}") if failed else Completed()
 
-    return lambda: pipeline(return_state=True)
+def _gpus(this: Run, name: str) -> int:
+    """GPUs of this machine that a stage needs: those of another one are for its scheduler to count."""
+    return 0 if launchers.chosen() in launchers.FAR else int(this.plan[name].node.meta.get("gpus", 0))
+
+
+def _say(name: str, text: str) -> None:
+    print(f"[{name}] {text}", flush=True)
 
 
 def _schedule(this: Run, reproduce: Any) -> None:
     """Submit every stage as soon as its upstream stages are done: a waiting stage must not hold a slot."""
     waiting = dict(this.plan)
-    running: dict[str, Any] = {}
+    running: set[str] = set()
+    futures: dict[str, Any] = {}
     ended: queue.Queue[str] = queue.Queue()
     while waiting or running:
         for name in [name for name in waiting if name not in running]:
@@ -178,13 +210,14 @@ def _schedule(this: Run, reproduce: Any) -> None:
             for name, step in waiting.items()
             if all(other in this.results for other in step.node.upstream if other in this.plan)
         ]
-        for name in ready:
-            del waiting[name]
-            running[name] = reproduce.with_options(name=name).submit(name)
-            running[name].add_done_callback(lambda _, name=name: ended.put(name))
+        for name in ready[: this.slots - len(running)]:
+            needs = [futures[other] for other in waiting.pop(name).node.upstream if other in futures]
+            running.add(name)
+            futures[name] = reproduce.with_options(name=name).submit(name, wait_for=needs)  # arrows on Prefect's pages
+            futures[name].add_done_callback(lambda _, name=name: ended.put(name))
         if running:
             name = ended.get()
-            running.pop(name)
+            running.remove(name)
             this.results.setdefault(name, Result("failed", note="Prefect did not run it"))
 
 
@@ -204,7 +237,7 @@ def _reproduce(this: Run, name: str) -> Result:
         again = code != 0 and (locked or PREEMPTION in output) and not this.children.stopped
         if not again or attempt == ATTEMPTS:
             break
-        print(f"[{name}] {'DVC was locked' if locked else 'preempted'}: again", flush=True)
+        _say(name, f"{'DVC was locked' if locked else 'preempted'}: again")
         time.sleep(2.0 * attempt)
     seconds = time.monotonic() - started
     if code == 0:
@@ -216,7 +249,8 @@ def _reproduce(this: Run, name: str) -> Result:
 
 def _run_child(this: Run, name: str, arguments: list[str]) -> tuple[int, str]:
     """Run `dvc ARGUMENTS` to its end or its timeout, passing its lines on; returns its exit code and its last lines."""
-    hours = this.plan[name].node.meta.get("timeout_h")
+    # Far away the scheduler keeps the time: here it would run while the stage waits in a queue.
+    hours = this.plan[name].node.meta.get("timeout_h") if launchers.chosen() not in launchers.FAR else None
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     child = this.children.start(
         command,
@@ -237,11 +271,13 @@ def _run_child(this: Run, name: str, arguments: list[str]) -> tuple[int, str]:
         timer.daemon = True
         timer.start()
     tail: list[str] = []
+    progress = _Progress()
     try:
         assert child.stdout is not None
         for line in child.stdout:  # ends when the last process of the group has closed it
             if line.strip() and not line.strip().startswith(HINTS):
-                print(f"[{name}] {line.rstrip()}", flush=True)
+                _say(name, line.rstrip())
+                progress.show(line.strip())
             tail = [*tail[-99:], line]
         code = child.wait()
     finally:
@@ -275,25 +311,21 @@ def _finished(root: Path, name: str, moment: float) -> bool:
 
 @contextmanager
 def _stops_children(children: Children) -> Iterator[None]:
-    """While inside, SIGTERM and Ctrl-C first end all children, then do what they did before.
+    """What ends the flow's body early (SIGTERM and Ctrl-C are exceptions in it) first ends all children.
 
-    To be entered in the flow's body: Prefect installs a handler of its own, and does not end what tasks started.
+    Prefect does not end what tasks started. Its handler of SIGTERM is left in place until then: without it, Prefect
+    takes a run that was cancelled for one that crashed.
     """
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        print("stopping all stages", flush=True)
-        children.stop(GRACE_SECONDS)
-        if callable(previous[number]):
-            previous[number](number, frame)
-
-    previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
     try:
         yield
-    finally:
+    except BaseException:
+        ends = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, lambda *_: None) for number in ends}  # being told once is enough
+        print("stopping all stages", flush=True)
+        children.stop(GRACE_SECONDS)
         for number, handler in previous.items():
             signal.signal(number, handler)
+        raise
 
 
 @contextmanager
@@ -311,50 +343,94 @@ def _ends_with_exit() -> Iterator[None]:
 
 
 @contextmanager
-def _tracked(root: Path, plan: Plan) -> Iterator[dict[str, str]]:
-    """A run that is the parent of the stages' runs; yields what the stages need in their environment."""
+def _tracked(this: Run) -> Iterator[None]:
+    """While inside, a run in MLflow is the parent of the stages' runs."""
     from pipeline.params import read_yaml
-    from pipeline.tracking import PARENT, MlflowTracker, git_tags
+    from pipeline.tracking import PARENT, MlflowTracker, git_tags, run_link
 
-    profile = read_yaml(root / "params.yaml").get("profile") if (root / "params.yaml").exists() else None
-    stages = " ".join(name for name, step in plan.items() if step.reasons)
-    tracker = MlflowTracker(
-        "flow", root, {"kind": "flow", "profile": profile, "stages": stages[:4000]} | git_tags(root)
-    )
+    params = this.root / "params.yaml"
+    tags = {
+        "kind": "flow",
+        "profile": read_yaml(params).get("profile") if params.exists() else None,
+        "stages": " ".join(name for name, step in this.plan.items() if step.reasons)[:4000],
+    }
+    tracker = MlflowTracker("flow", this.root, tags | git_tags(this.root))
+    this.environment[PARENT] = tracker.id
     state = "FAILED"
     try:
-        yield {PARENT: tracker.id}
+        yield
         state = "FINISHED"
-    except SystemExit:
-        state = "KILLED"
-        raise
     finally:
-        tracker.close(state, 5.0)
+        this.link = run_link(tracker.run_id)  # before it is closed, when what is known of the run is dropped
+        tracker.close("KILLED" if this.children.stopped else state, 5.0)
 
 
-def _summary(results: Mapping[str, Result]) -> str:
-    """The last lines of a flow: for every failure its log and how to run it again, then counts."""
+class _Progress:
+    """The counts that a stage prints, as a bar of its Prefect task."""
+
+    def __init__(self) -> None:
+        self._artifact: Any = None
+        self._away = False
+
+    def show(self, line: str) -> None:
+        """Take a line of the stage; a server that does not answer is not asked again."""
+        counts = COUNTS.fullmatch(line)
+        if counts is None or self._away:
+            return
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        percent = min(100.0, 100.0 * int(counts[1]) / int(counts[2]))
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(percent, description=line)
+            else:
+                update_progress_artifact(self._artifact, percent, description=line)
+        except Exception:
+            self._away = True
+
+
+def _summary(this: Run) -> str:
+    """The last lines of a flow: for every failure its log, its run and how to run it again, then counts."""
     from pipeline.stage import log_file, rerun_command
 
     lines: list[str] = []
-    for name in [name for name, result in results.items() if result.outcome == "failed"]:
+    for name in [name for name, result in this.results.items() if result.outcome == "failed"]:
         base, _, key = name.partition("@")
         lines += [
-            f"{name} failed: {results[name].note}",
-            f"    log:   {log_file(base, key or None)}",
-            f"    rerun: {rerun_command(base, key or None)}",
+            f"{name} failed: {this.results[name].note}",
+            f"    log:    {log_file(base, key or None)}",
+            *([f"    mlflow: {link}"] if (link := _link(this.root, base, key or None)) else []),
+            f"    rerun:  {rerun_command(base, key or None)}",
         ]
-    counts = [
-        (kind, sum(r.outcome == kind for r in results.values())) for kind in ("done", "cached", "failed", "skipped")
-    ]
+    outcomes = Counter(result.outcome for result in this.results.values())
+    counts = [(kind, outcomes[kind]) for kind in get_args(Outcome)]
     return "\n".join([*lines, ", ".join(f"{count} {kind}" for kind, count in counts if count)])
 
 
-def _artifact(this: Run) -> str:
-    """The run for Prefect's pages: a table of what ran, and the study's table where there is one."""
+def _link(root: Path, name: str, key: str | None) -> str | None:
+    """Where a person finds the last run of a stage that did not finish."""
+    from pipeline.stage import SCRATCH, log_file
+    from pipeline.tracking import JOURNALS, Journal, run_link
+
+    memories = sorted((root / SCRATCH / log_file(name, key).stem).glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+    if not memories:
+        return None
+    journal = json.loads(memories[-1].read_text())["journal"]
+    return run_link(Journal(root / JOURNALS / f"{journal}.jsonl").cursor()["run_id"])
+
+
+def _create_artifacts(this: Run) -> None:
+    """The run for Prefect's pages: what ran, the study's table, and where the rest is."""
+    from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
     rows = [
         f"| {name} | {result.outcome} | {result.seconds:.1f} | {result.note} |" for name, result in this.results.items()
     ]
-    table = this.root / "reports" / "table.md"
-    study = [table.read_text()] if table.exists() else []
-    return "\n".join(["| stage | outcome | seconds | note |", "|---|---|---|---|", *rows, "", *study])
+    stages = ["| stage | outcome | seconds | note |", "|---|---|---|---|", *rows, "", f"MLflow: {this.link}"]
+    create_markdown_artifact("\n".join(stages), key="stages", description="what ran")
+    if this.link.startswith("http"):
+        create_link_artifact(this.link, "the stages' runs", key="mlflow", description="MLflow")
+    table, page = this.root / "reports" / "table.md", this.root / "reports" / "report.html"
+    if table.exists():
+        text = f"{table.read_text()}\n\nThe report: `{page}`"
+        create_markdown_artifact(text, key="ablation", description="the study's table")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 
+LEASES = "PIPELINE_GPU_LEASES"  # environment: folder of the lock files
+
 
 def visible_gpus() -> list[str]:
     """Ids of the GPUs this process may use: CUDA_VISIBLE_DEVICES where it is set, else every GPU of the host."""
@@ -33,11 +35,13 @@ def lease(count: int, waiting: Callable[[str], None] = print) -> Iterator[list[s
 
     The locks are `flock`s on files of this host: they end with the process that holds them, however it ends.
     A stage that asks for more GPUs than are free waits holding none, so two stages cannot block each other.
+    Where a scheduler gave the GPUs (an empty PIPELINE_GPU_LEASES) they are this stage's already. Their ids are no names
+    then: behind Slurm's cgroups every job calls its first GPU 0.
     """
     pool = visible_gpus()
     count = min(count, len(pool))
-    if count < 1:
-        yield []
+    if count < 1 or os.environ.get(LEASES) == "":
+        yield pool[:count]
         return
     handles: dict[str, int] = {}
     try:
@@ -77,11 +81,11 @@ def _release(handles: dict[str, int]) -> None:
 
 
 def _lock_file(gpu: str) -> Path:
-    folder = Path(os.environ.get("PIPELINE_GPU_LEASES", Path(tempfile.gettempdir()) / "gpu-leases"))
+    folder = Path(os.environ.get(LEASES, Path(tempfile.gettempdir()) / "gpu-leases"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.stat().st_uid == os.getuid():
             folder.chmod(0o1777)  # every user of the host leases from the same folder
     except OSError as error:
-        raise PipelineError(f"GPU leases cannot be kept in {folder}: {error}; set PIPELINE_GPU_LEASES") from error
+        raise PipelineError(f"GPU leases cannot be kept in {folder}: {error}; set {LEASES}") from error
     return folder / f"gpu-{gpu.replace('/', '_')}.lock"

@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pipeline.errors import PipelineError
-from pipeline.params import flatten
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -95,35 +95,22 @@ def address(name: str, key: str | None) -> str:
 @_settled
 def graph(root: Path | None = None) -> dict[str, Node]:
     """All stages, dependencies before their dependants."""
-    import networkx
-
     with _repo(root) as repo:
-        edges = repo.index.graph  # stage -> the stages it depends on
-        position = {stage: i for i, stage in enumerate(repo.index.stages)}  # ties in the order of dvc.yaml
-        order = networkx.lexicographical_topological_sort(edges.reverse(copy=False), position.__getitem__)
-        return {
-            stage.name: Node(
-                stage.name,
-                _cmd(stage),
-                dict(stage.meta or {}),
-                tuple(sorted(other.name for other in edges.successors(stage) if getattr(other, "name", None))),
-                tuple(out.def_path for out in stage.outs),
-            )
-            for stage in order
-            if getattr(stage, "name", None)
-        }
+        return _nodes(repo)
 
 
 @_settled
 def status(root: Path | None = None) -> dict[str, list[str]]:
     """Stages that are out of date, each with the reasons. Asked before anything runs: later DVC is busy."""
-    with _repo(root) as repo:
-        changed = repo.status()
-        return {
-            stage.name: _reasons(stage, changed[stage.addressing])
-            for stage in _stages(repo)
-            if stage.addressing in changed
-        }
+    with _repo(root) as repo, _locked(repo):
+        return _changed(repo)
+
+
+@_settled
+def graph_and_status(root: Path | None = None) -> tuple[dict[str, Node], dict[str, list[str]]]:
+    """Both from one reading of the project, which is most of what either of them costs."""
+    with _repo(root) as repo, _locked(repo):
+        return _nodes(repo), _changed(repo)
 
 
 @_settled
@@ -167,11 +154,13 @@ def select(nodes: Mapping[str, Node], targets: Iterable[str]) -> dict[str, Node]
     return {name: node for name, node in nodes.items() if name in wanted}
 
 
-def beside(nodes: Mapping[str, Node], name: str) -> int:
-    """How many stages may run at the same time as a stage: those that it does not need and that do not need it."""
-    needed = set(select(nodes, [name]))
-    dependants = {other for other in nodes if name in select(nodes, [other])}
-    return len(nodes.keys() - needed - dependants)
+def beside(nodes: Mapping[str, Node]) -> dict[str, int]:
+    """How many stages may run at the same time as each: those that it does not need and that do not need it."""
+    needed: dict[str, set[str]] = {}
+    for name, node in nodes.items():  # dependencies come first
+        needed[name] = {name}.union(*(needed[other] for other in node.upstream))
+    dependants = Counter(other for names in needed.values() for other in names)  # each is among its own
+    return {name: len(nodes) + 1 - len(needed[name]) - dependants[name] for name in nodes}
 
 
 @contextlib.contextmanager
@@ -198,6 +187,43 @@ def _repo(root: Path | None) -> Iterator[Repo]:
     except DvcException as error:
         causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
         raise GraphError("DVC: " + "\n".join(causes)) from error
+
+
+@contextlib.contextmanager
+def _locked(repo: Repo) -> Iterator[None]:
+    """Hold DVC's lock: what `repo.status` asks for, and what keeps it from reading the project again each time."""
+    from dvc.repo import lock_repo
+
+    with lock_repo(repo):
+        yield
+
+
+def _nodes(repo: Repo) -> dict[str, Node]:
+    import networkx
+
+    edges = repo.index.graph  # stage -> the stages it depends on
+    position = {stage: i for i, stage in enumerate(repo.index.stages)}  # ties in the order of dvc.yaml
+    order = networkx.lexicographical_topological_sort(edges.reverse(copy=False), position.__getitem__)
+    return {
+        stage.name: Node(
+            stage.name,
+            _cmd(stage),
+            dict(stage.meta or {}),
+            tuple(sorted(other.name for other in edges.successors(stage) if getattr(other, "name", None))),
+            tuple(out.def_path for out in stage.outs),
+        )
+        for stage in order
+        if getattr(stage, "name", None)
+    }
+
+
+def _changed(repo: Repo) -> dict[str, list[str]]:
+    entries = repo.status()
+    return {
+        stage.name: _reasons(stage, entries[stage.addressing])
+        for stage in _stages(repo)
+        if stage.addressing in entries
+    }
 
 
 def _stages(repo: Repo) -> list[PipelineStage]:
@@ -231,6 +257,8 @@ def _reasons(stage: PipelineStage, entries: list[Any]) -> list[str]:
 
 def _changed_params(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` of every leaf that differs."""
+    from pipeline.params import flatten
+
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
     return [f"param {key}: {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in keys]

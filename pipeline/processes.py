@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -62,8 +62,11 @@ def stop_groups(groups: Sequence[int], grace: float) -> None:
         _signal(group, signal.SIGKILL)
 
 
-def together(commands: Sequence[Sequence[str]], grace: float = 10.0) -> int:
-    """Run commands in the foreground until one ends or SIGTERM or Ctrl-C comes, then end all; returns the exit code."""
+def together(commands: Sequence[Sequence[str]], greet: Callable[[], bool], grace: float = 10.0) -> int:
+    """Run commands in the foreground until one ends or SIGTERM or Ctrl-C comes, then end all; returns the exit code.
+
+    `greet` is called again and again until it returns True: it waits for them without blocking, and then says hello.
+    """
     children = Children()
     ended = threading.Event()
 
@@ -73,7 +76,9 @@ def together(commands: Sequence[Sequence[str]], grace: float = 10.0) -> int:
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         started = [children.start(command) for command in commands]
+        greeted = False
         while not ended.is_set() and all(child.poll() is None for child in started):
+            greeted = greeted or greet()
             ended.wait(0.2)
         return 0 if ended.is_set() else 1
     finally:

@@ -27,10 +27,11 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
-from pipeline import gpus, graph, launch
+from pipeline import graph, launchers
 from pipeline.environment import die_with_parent, prepare, sync_file_system
 from pipeline.errors import PipelineError
 from pipeline.graph import StageSpec
+from pipeline.launchers import GRACE_SECONDS, PREEMPTED, UNDER, Job
 from pipeline.params import Params, load_params, split_key
 from pipeline.tracking import PARENT, MlflowTracker, NullTracker, Tracker, git_tags, run_link
 
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 SCRATCH = Path(".scratch")
 LOGS = Path("logs")
 PUBLISHED = "published.json"
-GRACE_SECONDS = 120.0  # from SIGTERM to the end of a stage that is saving
+LINK = "run-link"  # in scratch: where a person finds the run of the attempt that failed
+VISIBLE_SECONDS = 90.0  # after which a shared file system shows what another host wrote (NFS: a minute at most)
 
 
 class StageError(PipelineError):
@@ -52,7 +54,7 @@ class StageError(PipelineError):
 class Stop:
     """Set by SIGTERM and Ctrl-C: a stage that polls it saves and ends within GRACE_SECONDS; any other is ended at once.
 
-    Ending, here, is SystemExit with the code launch.PREEMPTED.
+    Ending, here, is SystemExit with the code PREEMPTED.
     """
 
     def __init__(self) -> None:
@@ -69,8 +71,8 @@ class Stop:
             return
         first, self._set = not self._set, True
         if not self._polled or not first:
-            raise SystemExit(launch.PREEMPTED)
-        timer = threading.Timer(GRACE_SECONDS, os._exit, (launch.PREEMPTED,))
+            raise SystemExit(PREEMPTED)
+        timer = threading.Timer(GRACE_SECONDS, os._exit, (PREEMPTED,))
         timer.daemon = True
         timer.start()
 
@@ -130,50 +132,38 @@ def publish(made: Path, target: Path) -> None:
 
 
 def run_stage(name: str, key: str | None) -> int:
-    """Run a stage of dvc.yaml; returns the exit code: 0, 1 (failed) or launch.PREEMPTED."""
+    """Run a stage of dvc.yaml; returns the exit code: 0, 1 (failed) or PREEMPTED."""
     die_with_parent()
-    root = prepare()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    root, rank = prepare(), int(os.environ.get("RANK", "0"))
     _log_to(root / log_file(name, key), rank)
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.handle)
-    tracker: MlflowTracker | None = None
+    outermost = UNDER not in os.environ and rank == 0  # a process that another one started leaves the last word to it
+    code, link = 1, None
     try:
         with ExitStack() as stack:
             params, spec = load_params(root / "params.yaml"), graph.resolve(graph.address(name, key), root)
-            if "RANK" not in os.environ:
-                leased = stack.enter_context(gpus.lease(int(spec.meta.get("gpus", 0)), logger.info))
-                if (count := launch.processes(spec.meta, len(leased))) > 1:
-                    return _in_processes(count, name, key)
-            folder = root / SCRATCH / _label(name, key)
-            scratch = folder / spec.fingerprint[:16]
-            scratch.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                stack.enter_context(_alone(folder / "lock", spec.address))
-                tracker = _start_tracker(root, params, spec, scratch)
-            module = _module(name)
-            seed = _seed(params, key)
-            context = StageContext(
-                name, key, params, spec, root, scratch, tracker or NullTracker(), stop, seed, rank, world_size
-            )
-            _seed_all(seed)
-            _run(module, context)
-            if rank == 0:
-                _finish(context)
-        return _end(tracker, "FINISHED", 0)
+            link = _scratch(root, spec) / LINK
+            if outermost:
+                link.unlink(missing_ok=True)
+                stack.enter_context(_alone(link.parent.parent / "lock", spec.address))
+            job = Job.of(spec, root, lambda: _run_here(root, params, spec, stop))
+            code = job.here() if "RANK" in os.environ else launchers.run(job)
+            if code == 0:
+                _await(root, spec)
     except SystemExit as ending:
-        if ending.code == launch.PREEMPTED:
+        code = PREEMPTED if ending.code == PREEMPTED else 1
+        if code == PREEMPTED:
             logger.warning("%s was stopped; it resumes with: %s", graph.address(name, key), rerun_command(name, key))
-            return _end(tracker, "KILLED", launch.PREEMPTED)
-        logger.error("%s ended with exit code %s", graph.address(name, key), ending.code)
+        else:
+            logger.error("%s ended with exit code %s", graph.address(name, key), ending.code)
     except PipelineError as error:
         logger.error("%s", error)
     except BaseException:
         logger.exception("%s failed", graph.address(name, key))
-    code = _end(tracker, "FAILED", 1)
-    if rank == 0:
-        _explain(name, key, run_link(tracker.run_id) if tracker else None)
+    if outermost and code not in (0, PREEMPTED):
+        _explain(name, key, link.read_text() if link and link.exists() else None)
     return code
 
 
@@ -193,11 +183,28 @@ def published_since(root: Path, spec: StageSpec, moment: float) -> bool:
     return mark.exists() and mark.stat().st_mtime >= moment and all((root / out).exists() for out in spec.outs)
 
 
-def _run(module: ModuleType, context: StageContext) -> None:
-    started = time.monotonic()
-    logger.info("%s starts, fingerprint %s", context.spec.address, context.spec.fingerprint[:16])
-    module.run(context)
-    logger.info("%s took %.1f s", context.spec.address, time.monotonic() - started)
+def _run_here(root: Path, params: Params, spec: StageSpec, stop: Stop) -> int:
+    """Run the stage in this process, one of WORLD_SIZE; returns 0, or raises what it raised."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    scratch, seed = _scratch(root, spec), _seed(params, spec.key)
+    with ExitStack() as stack:
+        tracker: Tracker = NullTracker()
+        if rank == 0:
+            # What an earlier command left may still be saving, on this host or another.
+            stack.enter_context(_alone(scratch.parent / "work", spec.address, GRACE_SECONDS))
+            tracker = stack.enter_context(_tracked(root, params, spec, scratch))
+        context = StageContext(
+            spec.name, spec.key, params, spec, root, scratch, tracker, stop, seed, rank, world_size
+        )
+        module = _module(spec.name)
+        _seed_all(seed)
+        started = time.monotonic()
+        logger.info("%s starts, fingerprint %s", spec.address, spec.fingerprint[:16])
+        module.run(context)
+        logger.info("%s took %.1f s", spec.address, time.monotonic() - started)
+        if rank == 0:
+            _finish(context)
+    return 0
 
 
 def _finish(context: StageContext) -> None:
@@ -227,22 +234,47 @@ def _start_tracker(root: Path, params: Params, spec: StageSpec, scratch: Path) -
     return tracker
 
 
-def _end(tracker: MlflowTracker | None, state: str, code: int) -> int:
-    """Close the run, undisturbed and for a bounded time."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    if tracker is not None:
+@contextmanager
+def _tracked(root: Path, params: Params, spec: StageSpec, scratch: Path) -> Iterator[MlflowTracker]:
+    """The stage's run, which ends as the stage does: undisturbed, and for a bounded time."""
+    tracker, state = _start_tracker(root, params, spec, scratch), "FAILED"
+    try:
+        yield tracker
+        state = "FINISHED"
+    except SystemExit as ending:
+        state = "KILLED" if ending.code == PREEMPTED else "FAILED"
+        raise
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         tracker.close(state, 5.0 if state == "KILLED" else 20.0)
-    return code
+        if state != "FINISHED":
+            (scratch / LINK).write_text(run_link(tracker.run_id))
 
 
-def _in_processes(count: int, name: str, key: str | None) -> int:
-    """Run the stage in several processes of this host."""
-    code = launch.torchrun(["pipeline", "stage", name, *(["--key", key] if key else [])], count)
-    if code not in (0, launch.PREEMPTED):
-        _explain(name, key, None)
-        return 1
-    return code
+def _await(root: Path, spec: StageSpec) -> None:
+    """Wait until this host sees what another one published.
+
+    Raises:
+        StageError: it does not come, so that the two have no file system in common.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while missing := [out for out in spec.outs if not (root / out).exists()]:
+        if time.monotonic() > deadline:
+            raise StageError(
+                f"{spec.address} ended well, and {', '.join(missing)} did not appear in {root} within "
+                f"{VISIBLE_SECONDS:.0f} s: is this folder the same on all machines that stages run on?"
+            )
+        for folder in {(root / out).parent for out in missing if (root / out).parent.exists()}:
+            os.listdir(folder)  # NFS looks again
+        time.sleep(0.5)
+
+
+def _scratch(root: Path, spec: StageSpec) -> Path:
+    """The stage's scratch folder of this fingerprint, made where it is not there."""
+    scratch = root / SCRATCH / _label(spec.name, spec.key) / spec.fingerprint[:16]
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
 
 
 def _explain(name: str, key: str | None, link: str | None) -> None:
@@ -257,13 +289,20 @@ def _explain(name: str, key: str | None, link: str | None) -> None:
 
 
 @contextmanager
-def _alone(path: Path, address: str) -> Iterator[None]:
-    """Hold the stage's lock file: two processes must not write one scratch folder."""
+def _alone(path: Path, address: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file of the stage, so that two do not write one scratch folder; wait `patience` seconds for it."""
+    deadline = time.monotonic() + patience
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(f"{address} is already running here ({path} is locked): wait for it, or stop it") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StageError(
+                        f"{address} is already running here ({path} is locked): wait for it, or stop it"
+                    ) from None
+            time.sleep(0.2)
         yield
 
 

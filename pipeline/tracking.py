@@ -15,35 +15,36 @@ import logging
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
+from pipeline import sending
 from pipeline.params import flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from sqlalchemy.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 JOURNALS = Path("logs") / "tracking"
 PARENT = "PIPELINE_PARENT_RUN"  # environment: the journal id of the flow's run
 LATER = "PIPELINE_TRACK_LATER"  # environment: set where no server can be reached; only the journal is written
+SQLITE = "sqlite:///"
 SEND_SECONDS = 2.0
 SAMPLE_SECONDS = 10.0
-_JOURNAL_TAG = "pipeline.journal"
 _SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key", re.IGNORECASE)
-_BATCH = {"metrics": 900, "params": 90, "tags": 90}  # MLflow's limits per request are 1000, 100 and 100
+BATCH = {"metrics": 900, "params": 90, "tags": 90}  # MLflow's limits per request are 1000, 100 and 100
 
 
 class Tracker(Protocol):
@@ -84,32 +85,36 @@ class NullTracker:
         """Nothing."""
 
 
-class MlflowTracker:
-    """One run: writes the journal, and owns the thread that sends it and samples the machine."""
+class Recorder:
+    """One run, written into its journal; `replay`, or the thread of a MlflowTracker, brings it to the server."""
 
     def __init__(
-        self, name: str, root: Path, tags: Mapping[str, Any], parent: str | None = None, resume: str | None = None
+        self,
+        name: str,
+        root: Path,
+        tags: Mapping[str, Any],
+        identity: str,
+        parent: str | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        """Open the journal `resume` of an unfinished run if it is still there, else a new one."""
+        """Open the journal `identity`, and go on with it if it is there.
+
+        `shared`: others may make the same run, so that it is as old as it is on the server.
+        """
         folder = root / JOURNALS
         folder.mkdir(parents=True, exist_ok=True)
-        known = resume is not None and (folder / f"{resume}.jsonl").exists()
-        self.id = resume if known and resume else f"{datetime.now():%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
-        self._journal = Journal(folder / f"{self.id}.jsonl")
+        self.id = identity
+        self._journal = Journal(folder / f"{identity}.jsonl")
+        self._moment: dict[str, Any] = {"time": None} if shared else {}
         self._write_lock = threading.Lock()
+        known = self._journal.path.exists()
         self._fd = os.open(self._journal.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells replays that this journal has a sender
+        fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells replays that this journal has a writer
         if known:
             os.write(self._fd, b"\n")  # behind a line that a kill -9 tore
         self._last_step = self._journal.last_steps()
-        self._write("resume" if known else "start", name=name, parent=parent, tags=_strings(tags))
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        if not os.environ.get(LATER):
-            # Here, because SQLAlchemy breaks when two threads import it at once, and Prefect does so in the flow's.
-            import sqlalchemy.orm  # noqa: F401
-
-            self._thread.start()
+        self._write("resume" if known else "start", name=name, parent=parent, tags=_strings(tags), **self._moment)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record nested parameters under dotted names, without secrets and absolute paths."""
@@ -122,27 +127,32 @@ class MlflowTracker:
         }
         if fresh:
             self._last_step |= dict.fromkeys(fresh, step)
-            self._write_values("metrics", fresh, step=step)
+            self._write_values("metrics", fresh, step=step, **self._moment)
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Record a matplotlib figure as the artifact `name` (figures/pr.png)."""
-        target = self._journal.files / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(target)
-        except (OSError, ValueError) as error:
-            logger.warning("tracking: figure %s is lost: %s", name, error)
-            return
-        self._write("artifact", path=name)
+        self.log_made(name, figure.savefig)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Record a copy of a file."""
-        name = f"{folder}/{path.name}" if folder else path.name
+        self.log_file(path, f"{folder}/{path.name}" if folder else path.name)
+
+    def log_file(self, path: Path, name: str) -> None:
+        """Record a copy of a file as the artifact `name`."""
+        self.log_made(name, lambda kept: shutil.copyfile(path, kept))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Record a text as the artifact `name`."""
+        self.log_made(name, lambda kept: kept.write_text(text))
+
+    def log_made(self, name: str, make: Callable[[Path], Any]) -> None:
+        """Record the artifact `name` that `make` writes to a path; it is lost where that fails (a full disk)."""
+        kept = self._journal.files / name
         try:
-            (self._journal.files / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, self._journal.files / name)
-        except OSError as error:
-            logger.warning("tracking: artifact %s is lost: %s", path, error)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            make(kept)
+        except (OSError, ValueError) as error:
+            logger.warning("tracking: artifact %s is lost: %s", name, error)
             return
         self._write("artifact", path=name)
 
@@ -150,15 +160,62 @@ class MlflowTracker:
         """Set tags of the run."""
         self._write_values("tags", _strings(tags))
 
+    def log_operation(self, op: str, record: Mapping[str, Any]) -> None:
+        """Record something else that the server is asked to do: one of pipeline.sending.OPERATIONS."""
+        self._write(op, **record)
+
+    def close(self, state: str = "FINISHED") -> None:
+        """End the run (FINISHED, FAILED or KILLED)."""
+        self._write("end", state=state, **self._moment)
+        self._release()
+
+    def _release(self) -> None:
+        with self._write_lock:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write_values(self, op: str, values: Mapping[str, Any], **record: Any) -> None:
+        """Write records that fit into one request each."""
+        items = list(values.items())
+        for i in range(0, len(items), BATCH[op]):
+            self._write(op, values=dict(items[i : i + BATCH[op]]), **record)
+
+    def _write(self, op: str, **record: Any) -> None:
+        line = json.dumps({"op": op, "time": int(time.time() * 1000), **record}) + "\n"
+        with self._write_lock:
+            if self._fd < 0:
+                return
+            try:
+                os.write(self._fd, line.encode())
+            except OSError as error:  # a full disk must not end a training run
+                logger.warning("tracking: a record is lost: %s", error)
+
+
+class MlflowTracker(Recorder):
+    """A run that is sent while it is written: owns the thread that does so and samples the machine."""
+
+    def __init__(
+        self, name: str, root: Path, tags: Mapping[str, Any], parent: str | None = None, resume: str | None = None
+    ) -> None:
+        """Open the journal `resume` of an unfinished run if it is still there, else a new one."""
+        known = resume is not None and (root / JOURNALS / f"{resume}.jsonl").exists()
+        identity = resume if known and resume else f"{datetime.now():%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
+        super().__init__(name, root, tags, identity, parent)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        if not os.environ.get(LATER):
+            # Here, because SQLAlchemy breaks when two threads import it at once, and Prefect does so in the flow's.
+            import sqlalchemy.orm  # noqa: F401
+
+            self._thread.start()
+
     def close(self, state: str = "FINISHED", seconds: float = 20.0) -> None:
-        """End the run (FINISHED, FAILED or KILLED) and send what is left, for so many seconds at most."""
+        """End the run and send what is left, for so many seconds at most."""
         self._write("end", state=state)
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
-        with self._write_lock:
-            os.close(self._fd)
-            self._fd = -1
+        self._release()
 
     def wait_for_run(self, seconds: float) -> bool:
         """Wait until the server has the run, so that children can name it as their parent."""
@@ -171,22 +228,6 @@ class MlflowTracker:
     def run_id(self) -> str | None:
         """MLflow's id of the run; None while the server does not know it."""
         return self._journal.cursor().get("run_id")
-
-    def _write_values(self, op: str, values: Mapping[str, Any], **record: Any) -> None:
-        """Write records that fit into one request each."""
-        items = list(values.items())
-        for i in range(0, len(items), _BATCH[op]):
-            self._write(op, values=dict(items[i : i + _BATCH[op]]), **record)
-
-    def _write(self, op: str, **record: Any) -> None:
-        line = json.dumps({"op": op, "time": int(time.time() * 1000), **record}) + "\n"
-        with self._write_lock:
-            if self._fd < 0:
-                return
-            try:
-                os.write(self._fd, line.encode())
-            except OSError as error:  # a full disk must not end a training run
-                logger.warning("tracking: a record is lost: %s", error)
 
     def _work(self) -> None:
         """Send every few seconds, less often while the server is away; at the end once more, then what others left."""
@@ -223,6 +264,7 @@ class Journal:
         self.path = path
         self.files = path.with_suffix(".files")
         self._cursor = path.with_suffix(".cursor")
+        self._root = path.parent.parent.parent
 
     def cursor(self) -> dict[str, Any]:
         """What was sent: {offset, run_id, ended}."""
@@ -248,7 +290,7 @@ class Journal:
         pending = list(self._records(cursor["offset"]))
         if not pending and (not dead or cursor["ended"]):
             return True
-        client = _client(self.path.parent.parent.parent)
+        client = open_store(self._root)
         if cursor["run_id"] is None:
             run_id = self._create(client)
             if run_id is None:
@@ -257,7 +299,7 @@ class Journal:
             self._save(cursor)
         for offset, batch in _batches(pending):
             try:
-                self._send_batch(client, cursor, batch)
+                cursor |= sending.send(client, cursor["run_id"], batch, self.files)
             except Exception as error:
                 code = getattr(error, "error_code", "")
                 if (
@@ -302,41 +344,21 @@ class Journal:
     def _create(self, client: MlflowClient) -> str | None:
         """Find or create the run; None when its parent is not there yet."""
         _, start = next(self._records(0))
-        experiment = _experiment(client)
-        found = _find(client, experiment, self.path.stem)
+        experiment = experiment_id(client, self._root)
+        found = sending.find(client, experiment, self.path.stem)
         if found:
             return found
-        tags = start.get("tags", {}) | {_JOURNAL_TAG: self.path.stem}
+        tags = start.get("tags", {}) | {sending.JOURNAL: self.path.stem}
         if start.get("parent"):
             other = Journal(self.path.with_name(f"{start['parent']}.jsonl"))
-            parent = other.cursor()["run_id"] or _find(client, experiment, start["parent"])
+            parent = other.cursor()["run_id"] or sending.find(client, experiment, start["parent"])
             if parent is None and other.path.exists():
                 return None
             if parent:
                 tags["mlflow.parentRunId"] = parent
-        return client.create_run(experiment, start["time"], tags, start.get("name", self.path.stem)).info.run_id
-
-    def _send_batch(self, client: MlflowClient, cursor: dict[str, Any], batch: list[dict[str, Any]]) -> None:
-        """Send records of one kind."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        run, op = cursor["run_id"], batch[0]["op"]
-        if op == "metrics":
-            metrics = [Metric(k, v, r["time"], r["step"]) for r in batch for k, v in r["values"].items()]
-            client.log_batch(run, metrics=metrics, synchronous=True)
-        elif op == "params":
-            client.log_batch(run, params=[Param(k, v) for r in batch for k, v in r["values"].items()], synchronous=True)
-        elif op == "tags":
-            client.log_batch(run, tags=[RunTag(k, v) for r in batch for k, v in r["values"].items()], synchronous=True)
-        elif op == "artifact":
-            name = Path(batch[0]["path"])
-            client.log_artifact(run, str(self.files / name), str(name.parent) if name.parent.name else None)
-        elif op == "resume":
-            client.update_run(run, status="RUNNING")
-            cursor |= {"ended": False}
-        elif op == "end":
-            client.set_terminated(run, batch[0]["state"], batch[0]["time"])
-            cursor |= {"ended": True}
+        name = start.get("name", self.path.stem)
+        made: str = client.create_run(experiment, start["time"], tags, name).info.run_id
+        return made if start["time"] else sending.settle(client, experiment, self.path.stem, made)
 
     def _save(self, cursor: Mapping[str, Any]) -> None:
         draft = self._cursor.with_suffix(".cursor.tmp")
@@ -367,14 +389,36 @@ def replay(folder: Path) -> tuple[int, int]:
 
 
 def init_store(uri: str) -> None:
-    """Create or migrate the tables of a sqlite tracking store, once, under a file lock (several processes may ask)."""
+    """Create or migrate the tables of a database, once; several processes may ask."""
     from mlflow.store.db import utils as database
 
-    with FileLock(f"{uri.removeprefix('sqlite:///')}.lock"):
-        engine = database.create_sqlalchemy_engine_with_retry(uri)
+    engine = database.create_sqlalchemy_engine_with_retry(uri)
+    with _alone_in(uri, engine):
         missing = not database._all_tables_exist(engine)
         database._initialize_tables(engine) if missing else database._upgrade_db(engine)
-        engine.dispose()
+    engine.dispose()
+
+
+def artifact_root(uri: str, root: Path) -> str:
+    """Where runs of a store that is not behind a server keep their files: beside a sqlite file, else in the project.
+
+    MLFLOW_DEFAULT_ARTIFACT_ROOT says otherwise; writers on several hosts need a place that all of them see.
+    """
+    if chosen := os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT"):
+        return chosen
+    beside = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else root
+    return (beside / "mlartifacts").absolute().as_uri()
+
+
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics file of boxes under the names that all runs have them: `val/mAP`, `val/AP/car`.
+
+    Undefined ones are left out; errors of single classes are too many for charts.
+    """
+    split = metrics["split"].partition("[")[0]
+    named = {name: metrics[name] for name in ("mAP", "NDS", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "mAP_present")}
+    named |= {f"AP/{name}": values["AP"] for name, values in metrics["classes"].items()}
+    return {f"{split}/{name}": value for name, value in named.items() if value is not None}
 
 
 def run_link(run_id: str | None) -> str:
@@ -402,38 +446,25 @@ def git_tags(root: Path) -> dict[str, str]:
     return {"git.rev": revision.stdout.strip(), "git.dirty": str(bool(dirty.stdout.strip())).lower()}
 
 
-def _client(root: Path) -> MlflowClient:
-    """A client of the tracking store."""
+def open_store(root: Path) -> MlflowClient:
+    """A client of the tracking store; tables of a database are made where they are missing."""
     from mlflow import MlflowClient
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-    if uri.startswith("sqlite:///"):
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root / 'mlflow.db'}"
+    if not uri.startswith("http"):
         _ensure_tables(uri)
     return MlflowClient(uri)
 
 
-@functools.cache
-def _ensure_tables(uri: str) -> None:
-    """Make the tables of a sqlite store where they are missing."""
-    database = Path(uri.removeprefix("sqlite:///"))
-    with FileLock(f"{database}.lock"), closing(sqlite3.connect(database)) as connection:
-        ready = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchall()
-    if not ready:
-        init_store(uri)
-
-
-def _experiment(client: MlflowClient) -> str:
-    """Id of the project's experiment."""
+def experiment_id(client: MlflowClient, root: Path) -> str:
+    """Id of the project's experiment, which is made where it is missing."""
     from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bev-distillery")
     if (found := client.get_experiment_by_name(name)) is None:
         uri = client.tracking_uri
-        place = (
-            None if uri.startswith("http") else (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-        )
         try:
-            return client.create_experiment(name, place)
+            return client.create_experiment(name, None if uri.startswith("http") else artifact_root(uri, root))
         except MlflowException:  # another process was first
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -441,9 +472,32 @@ def _experiment(client: MlflowClient) -> str:
     return found.experiment_id
 
 
-def _find(client: MlflowClient, experiment: str, journal: str) -> str | None:
-    runs = client.search_runs([experiment], f"tags.`{_JOURNAL_TAG}` = '{journal}'", max_results=1)
-    return runs[0].info.run_id if runs else None
+@functools.cache
+def _ensure_tables(uri: str) -> None:
+    """Make the tables of a database that has none."""
+    from sqlalchemy import create_engine, inspect
+
+    engine = create_engine(uri)
+    with _alone_in(uri, engine):
+        ready = inspect(engine).has_table("alembic_version")
+    engine.dispose()
+    if not ready:
+        init_store(uri)
+
+
+@contextmanager
+def _alone_in(uri: str, engine: Engine) -> Iterator[None]:
+    """Keep other processes from the tables: with a file beside sqlite's, with a lock of PostgreSQL's own."""
+    if uri.startswith(SQLITE):
+        with FileLock(f"{uri.removeprefix(SQLITE)}.lock"):
+            yield
+        return
+    from sqlalchemy import text
+
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_lock(hashtext('bev-distillery'))"))
+        yield  # the lock ends with the connection
 
 
 def _batches(records: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -452,7 +506,7 @@ def _batches(records: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, l
     size = end = 0
     for offset, record in records:
         op, weight = record["op"], len(record.get("values", ()))
-        if batch and (op != batch[0]["op"] or op not in _BATCH or size + weight > _BATCH[op]):
+        if batch and (op != batch[0]["op"] or op not in BATCH or size + weight > BATCH[op]):
             yield end, batch
             batch, size = [], 0
         batch.append(record)

@@ -28,7 +28,7 @@ from pipeline.checkpoint import Checkpoint, CheckpointError, Checkpoints, replac
 from pipeline.ema import EMA
 from pipeline.environment import cores
 from pipeline.errors import PipelineError
-from pipeline.launch import PREEMPTED
+from pipeline.launchers import PREEMPTED
 from pipeline.progress import ProgressBar
 from pipeline.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
 from pipeline.schedule import learning_rate

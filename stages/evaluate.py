@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import pictures
+from data import confusion, pictures
 from data.batch import collate
 from data.blobs import BlobError
 from data.classes import CLASSES
@@ -28,6 +28,7 @@ from pipeline.environment import cores
 from pipeline.params import split_key
 from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
+from pipeline.tracking import scores
 from stages.inputs import plain_dataset
 from stages.weights import load_detector
 
@@ -85,8 +86,10 @@ def _run(context: StageContext, subject: Subject) -> None:
     head = {"kind": subject.kind, "key": subject.key, "variant": subject.variant, "seed": subject.seed, "split": split}
     metrics = {**head, "parameters": parameters, **summary(evaluation)}
     logger.info("%s", _words(metrics))
-    context.tracker.log_metrics(flat_metrics(metrics), 0)
+    context.tracker.log_metrics(scores(metrics), 0)
     _draw_curves(context, evaluation, metrics, folder)
+    found = confusion.confusion(detections, dataset.index, split, params.evaluate.score_threshold)
+    _draw_confusion(context, found, folder)
     _draw_scenes(context, dataset, detections, subject, folder)
     made = context.scratch / "metrics.json"
     made.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
@@ -109,14 +112,6 @@ def predict(detector: Detector, dataset: NuScenesDataset, batch_size: int, title
     return detections
 
 
-def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of the metrics file under flat names for the tracker; undefined ones are left out."""
-    flat = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    for name, values in metrics["classes"].items():
-        flat |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, float) and "@" not in key}
-    return flat
-
-
 def _words(metrics: Mapping[str, Any]) -> str:
     errors = (
         f"{name} {metrics[name]:.3f}" for name in ("mATE", "mASE", "mAOE", "mAVE", "mAAE") if metrics[name] is not None
@@ -136,6 +131,13 @@ def _draw_curves(context: StageContext, evaluation: Evaluation, metrics: Mapping
     figure = pictures.draw_curves(curves, average, title)
     pictures.save_figure(figure, folder / "curves.png")
     context.tracker.log_figure(figure, "figures/precision_recall.png")
+
+
+def _draw_confusion(context: StageContext, found: confusion.Confusion, folder: Path) -> None:
+    (folder / "confusion.json").write_text(json.dumps(found.content) + "\n")
+    figure = confusion.draw(found, str(context.key))
+    pictures.save_figure(figure, folder / "confusion.png")
+    context.tracker.log_figure(figure, "figures/confusion.png")
 
 
 def _draw_scenes(

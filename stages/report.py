@@ -6,15 +6,20 @@ of their terms were chosen.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from data.index import Index
-from pipeline import graph
+from pipeline import comparison, graph
 from pipeline.params import Params
 from pipeline.report import Pair, build
 from pipeline.stage import StageContext
+from stages.lineage import results, starts, teachers_of
+
+logger = logging.getLogger(__name__)
 
 INDEX: Final = "outputs/index"
 RESULTS: Final = "studies/results"
@@ -31,6 +36,7 @@ def run(context: StageContext) -> None:
         context.root / "reports/stores",
         context.root / "outputs/predictions/features",
         context.root / "reports/cost.json",
+        context.root / "outputs/film",
         profile=params.profile,
         teachers=study.teachers,
         fusions=study.fusions,
@@ -62,15 +68,16 @@ def run(context: StageContext) -> None:
         context.tracker.log_artifact(made)
         context.publish(made, f"reports/{name}")
     print("\n" + report.plain, flush=True)
+    try:
+        logger.info("%s", track(context.root, params))
+    except Exception as error:  # tracking never stops a stage
+        logger.warning("the study is not tracked (python -m pipeline track study): %s", error)
 
 
-def starts(params: Params) -> set[str]:
-    """The teachers from which students or other teachers of the study start, and from which no store is made."""
-    study = params.study
-    begun = {start.teacher for name in study.variants for start in params.student(name).starts}
-    parts = set(study.parts.model_dump().values()) if study.fusions else set()
-    camera = {study.parts.camera} if study.large else set()
-    return (begun | parts | camera) - {params.stores[name].teacher for name in study.stores}
+def track(root: Path, params: Params) -> str:
+    """Bring the study's runs in MLflow up to date with what is published; returns what was done, in a line."""
+    study = results(params, root / "reports/metrics")
+    return comparison.track(root, params, study, {name: teachers_of(params, name) for name in params.study.variants})
 
 
 def pairs(params: Params) -> list[Pair]:
@@ -89,13 +96,6 @@ def pairs(params: Params) -> list[Pair]:
             found.append(Pair(teacher, params.variants[own[0]].student, models[own[0]]["type"], alone, own))
             learners = [name for name in learners if name not in same]
     return found
-
-
-def teachers_of(params: Params, variant: str) -> set[str]:
-    """The teachers that a variant's terms read, and those that its student inherits weights from."""
-    stores = [term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()]
-    inherited = [start.teacher for start in params.student(variant).starts if start.resample]
-    return {*(params.stores[name].teacher for name in stores), *inherited}
 
 
 def sees_only_images(model: Mapping[str, Any]) -> bool:

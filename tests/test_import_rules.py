@@ -25,12 +25,19 @@ CONTROL_PLANE = [
     "flow",
     "gpus",
     "graph",
-    "launch",
+    "launchers",
+    "launchers.job",
+    "launchers.local",
+    "launchers.ray",
+    "launchers.slurm",
+    "launchers.torchrun",
     "params",
     "processes",
     "profiles",
+    "studies",
+    "worktree",
 ]
-SLOW = ["torch", "prefect", "mlflow", "lightning", "mmcv", "mmdet", "mmdet3d"]
+SLOW = ["torch", "prefect", "mlflow", "ray", "lightning", "mmcv", "mmdet", "mmdet3d"]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

@@ -16,17 +16,21 @@ from pipeline.report.efficiency import NOTE, Pair, PairCost
 from pipeline.report.efficiency import efficiency as efficiency_of
 from pipeline.report.features import Features
 from pipeline.report.features import features as features_of
+from pipeline.report.film import read_film
 from pipeline.report.fusions import fusions as fusions_of
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
-from pipeline.report.results import UNITS, Arm, Study, load_study, read_published
-from pipeline.report.search import rounded, summary
+from pipeline.report.results import ERRORS, UNITS, Arm, Study, load_study, read_published
+from pipeline.report.scenes import extremes, scene_gains
+from pipeline.report.search import METRICS, rounded, summary
 from pipeline.report.search import search as read_search
-from pipeline.report.segmenters import METRICS
+from pipeline.report.segmenters import METRICS as SEGMENTER_METRICS
 from pipeline.report.segmenters import segmenters as segmenters_of
+from pipeline.report.significance import numbers as test_numbers
+from pipeline.report.significance import probability, significance
 from pipeline.report.stores import augmentations, stored_taps
 from pipeline.report.tables import comparison, difference, learning_notes, markdown, notes, number, plain
-from pipeline.report.tradeoff import SIZE, families, tradeoff
+from pipeline.report.tradeoff import SIZE, families, gains, tradeoff
 
 TEACHER_SLOTS = 5  # colours of the page's style sheet, given out in turn
 VARIANT_SLOTS = 8
@@ -48,6 +52,7 @@ def build(
     cards: Path,
     features: Path,
     cost: Path,
+    film: Path,
     *,
     profile: str,
     teachers: Sequence[str],
@@ -77,6 +82,7 @@ def build(
         cards: folder of `<store>.json`, what extraction says of each store.
         features: folder with one folder per run of a featured variant: features.json and the pictures that it names.
         cost: file of what the models cost.
+        film: folder of film.json and the pictures that it names.
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
         fusions: names of the fusion teachers of the study.
@@ -107,11 +113,17 @@ def build(
     fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)
     efficient = efficiency_of(study, pairs, costs)
     simulated = features_of(features, featured, seeds, scenes)
-    taps = stored_taps(cards, stores)
+    taps, tested, best = stored_taps(cards, stores), significance(study), study.best
     html = _template().render(
         study=study,
-        best=_best(study),
+        best=best,
         table=table,
+        tested=tested,
+        probability=probability,
+        film=read_film(film, study),
+        extremes=extremes(scene_gains(study, best)) if best else None,
+        scene_count=len(study.baseline.first["scenes"]),
+        gains=[(metric, gains(study, costs, metric)) for metric in METRICS],
         notes=lines,
         units=UNITS,
         profile=profile,
@@ -120,18 +132,19 @@ def build(
         fusions=fused,
         efficient=efficient,
         efficiency_note=NOTE,
-        tradeoffs=[tradeoff(efficient, costs, metric) for metric in ("mAP", "NDS")] if efficient else [],
+        tradeoffs=[tradeoff(efficient, costs, metric) for metric in METRICS] if efficient else [],
         families=families(efficient),
-        plane=SIZE,
+        size=SIZE,
         features=simulated,
         segmenters=segmenters_of(metrics, predictions, segmenters, scenes),
-        segmenter_metrics=METRICS,
+        segmenter_metrics=SEGMENTER_METRICS,
         recipes=recipes(variants),
         search=read_search(*search, variants) if search else None,
         taps=taps,
         augmentations=augmentations(taps),
-        charts=[charts.bar_chart(study, metric) for metric in ("mAP", "NDS")],
+        charts=[charts.bar_chart(study, metric) for metric in METRICS],
         heat=charts.heat_map(study),
+        errors=ERRORS,
         curves=charts.curves(study, _details(study, predictions)),
         pr_size=charts.PR_SIZE,
         graph=charts.graph(stages, edges),
@@ -146,11 +159,19 @@ def build(
         "features": {entry.variant: _correlations(entry) for entry in simulated},
         "cost": costs.numbers,
         "efficiency": [pair.numbers for pair in efficient],
+        "tests": test_numbers(tested),
     }
     verdicts = [fusion.verdict for fusion in fused]
     return Report(
         html,
-        "\n".join([markdown(table, [*lines, *verdicts]), markdown(costs.table, [costs.note]), *_texts(efficient)]),
+        "\n".join(
+            [
+                markdown(table, [*lines, *verdicts]),
+                markdown(tested.table, [tested.note]),
+                markdown(costs.table, [costs.note]),
+                *_texts(efficient),
+            ]
+        ),
         plain(comparison(study, brief=True), [*lines, *verdicts]),
         json.dumps(numbers, indent=2, allow_nan=False) + "\n",
     )
@@ -172,12 +193,6 @@ def _texts(pairs: Sequence[PairCost]) -> list[str]:
 def _correlations(entry: Features) -> dict[str, Any]:
     """Of a variant's simulated features with its teacher's, means over the seeds."""
     return {"teacher": entry.teacher, "before": rounded(entry.before), "after": rounded(entry.after)}
-
-
-def _best(study: Study) -> Arm | None:
-    """The variant with the highest mean mAP, baselines left out."""
-    means = [(mean.mean, arm) for arm in study.variants if arm not in study.baselines and (mean := arm.mean("mAP"))]
-    return max(means, key=lambda pair: pair[0])[1] if means else None
 
 
 def _template() -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipeline.report.results import Arm, Study
+from pipeline.report.results import ERRORS, Arm, Study
+from pipeline.report.statistics import Interval
 from pipeline.report.tables import DASH, difference, number
 
 PR_SIZE = (200, 132)  # width, height of one plot in SVG user units
@@ -79,27 +80,61 @@ def round_step(rough: float) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the heat map: text, a tooltip, and a strength in [0, 1]."""
+    """One cell of the heat map: text, a tooltip, and how much better than the baseline it is, in [-1, 1]."""
 
     text: str
     title: str
     strength: float
+    resolved: bool  # the interval of the difference excludes zero
 
 
-def heat_map(study: Study) -> list[tuple[Arm, list[Cell]]]:
-    """Average precision per arm and class; strength is relative to the best of the class's column."""
-    columns = [[arm.class_mean(name, "AP") for arm in study.arms] for name in study.classes]
-    best = [max([interval.mean for interval in column if interval] + [0.0]) for column in columns]
-    rows = []
-    for index, arm in enumerate(study.arms):
-        cells = []
-        for name, column, top in zip(study.classes, columns, best, strict=True):
-            interval = column[index]
-            strength = interval.mean / top if interval and top > 0 else 0.0
-            text = DASH if interval is None or name in study.absent else f"{interval.mean:.3f}"
-            cells.append(Cell(text, f"{arm.name}, {name}: AP {number(interval)}", strength))
-        rows.append((arm, cells))
-    return rows
+@dataclass(frozen=True)
+class Heat:
+    """Average precision per class and the mean errors, a row per arm.
+
+    Colour is the difference to the arm's baseline; full colour is the largest difference of the column's scale.
+    """
+
+    columns: list[str]  # classes, then errors
+    rows: list[tuple[Arm, list[Cell]]]
+    scales: list[tuple[str, str]]  # what a scale is of, and its largest difference
+
+
+Measured = list[tuple[Interval | None, Interval | None]]  # per arm: mean, difference to its baseline
+
+
+def heat_map(study: Study) -> Heat:
+    """All average precisions share one scale, each error has its own; an error that falls is better."""
+    arms, classes = study.arms, study.classes
+    aps: list[Measured] = [[(arm.class_mean(c, "AP"), study.class_gain(arm, c, "AP")) for arm in arms] for c in classes]
+    errors: list[Measured] = [[(arm.mean(error), study.gain(arm, error)) for arm in arms] for error in ERRORS]
+    shared, own = max(map(_largest, aps)), [_largest(column) for column in errors]
+    columns = [
+        _absent(name, arms) if name in study.absent else _column(f"{name}: AP", arms, column, shared)
+        for name, column in zip(classes, aps, strict=True)
+    ]
+    columns += [_column(name, arms, column, -scale) for name, column, scale in zip(ERRORS, errors, own, strict=True)]
+    scales = [(name, f"{scale:.3f}") for name, scale in zip(("AP", *ERRORS), (shared, *own), strict=True)]
+    rows = [(arm, list(cells)) for arm, *cells in zip(arms, *columns, strict=True)]
+    return Heat([*classes, *ERRORS], rows, scales)
+
+
+def _largest(column: Measured) -> float:
+    return max((abs(gain.mean) for _, gain in column if gain), default=0.0)
+
+
+def _column(name: str, arms: Sequence[Arm], column: Measured, scale: float) -> list[Cell]:
+    """The cells of one column; the scale is negative where less is better."""
+    cells = []
+    for arm, (mean, gain) in zip(arms, column, strict=True):
+        title = f"{arm.name}, {name} {number(mean)}" + (f", {difference(gain)} to its baseline" if gain else "")
+        strength = gain.mean / scale if gain and scale else 0.0
+        cells.append(Cell(number(mean).partition(" ")[0], title, strength, bool(gain and gain.resolved)))
+    return cells
+
+
+def _absent(name: str, arms: Sequence[Arm]) -> list[Cell]:
+    return [Cell(DASH, f"{arm.name}, {name}: not in the truth", 0.0, False) for arm in arms]
 
 
 @dataclass(frozen=True)

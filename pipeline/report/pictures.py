@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.report.results import Arm, ReportError, Study, read_published
 
 QUALITY = 80
 VIEWS = {"bev": 560, "cameras": 1320}  # view -> greatest width in pixels on the page
+PANELS = 20  # of a view that the page holds at that width; of more, each is smaller, so that the page is not larger
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def gallery(study: Study, predictions: Path, count: int) -> Gallery:
     first = by_token[study.baseline.first_key]
     tokens = [token for token in first if all(token in entries for entries in by_token.values())][:count]
     entries = [{key: known[token] for key, known in by_token.items()} for token in tokens]
-    scenes = [_scene(study, predictions, entry) for entry in entries]
+    share = math.sqrt(min(1.0, PANELS / max(1, len(tokens) * (1 + len(study.arms)))))
+    widths = {view: round(width * share) for view, width in VIEWS.items()}
+    scenes = [_scene(study, predictions, entry, widths) for entry in entries]
     return Gallery(scenes, manifests[study.baseline.first_key]["threshold"])
 
 
@@ -66,11 +70,13 @@ def _manifest(folder: Path, arm: Arm) -> dict[str, Any]:
     return manifest
 
 
-def _scene(study: Study, predictions: Path, entries: dict[str, dict[str, Any]]) -> Scene:
+def _scene(
+    study: Study, predictions: Path, entries: dict[str, dict[str, Any]], widths: dict[str, int]
+) -> Scene:
     truth_key = study.baseline.first_key
     entry = entries[truth_key]
     panels = {}
-    for view, width in VIEWS.items():
+    for view, width in widths.items():
         truth = _panel("truth", None, view, predictions / truth_key / entry["files"][f"truth-{view}"], width)
         others = [
             _panel(arm.name, arm, view, predictions / arm.first_key / entries[arm.first_key]["files"][view], width)

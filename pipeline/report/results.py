@@ -110,12 +110,28 @@ class Study:
         """Whether a variant reproduces a row of a paper's table."""
         return any(arm.row for arm in self.variants)
 
-    def gain(self, arm: Arm, metric: str) -> Interval | None:
-        """Difference to the arm's baseline, paired by seed; None for a baseline itself and for teachers."""
+    @property
+    def best(self) -> Arm | None:
+        """The variant with the highest mean mAP, baselines left out."""
+        means = [(mean.mean, arm) for arm in self.variants if arm not in self.baselines and (mean := arm.mean("mAP"))]
+        return max(means, key=lambda pair: pair[0])[1] if means else None
+
+    def compared_with(self, arm: Arm) -> Arm | None:
+        """The arm's baseline; None for a baseline itself and for teachers, which have no difference."""
         baseline = self.baseline_of(arm)
-        if arm.kind != "student" or arm.name == baseline.name:
+        return None if arm.kind != "student" or arm.name == baseline.name else baseline
+
+    def gain(self, arm: Arm, metric: str) -> Interval | None:
+        """Difference to the arm's baseline, paired by seed; None where there is none."""
+        baseline = self.compared_with(arm)
+        return paired_difference(arm.values(metric), baseline.values(metric)) if baseline else None
+
+    def class_gain(self, arm: Arm, class_name: str, metric: str) -> Interval | None:
+        """The same of a metric of one class."""
+        baseline = self.compared_with(arm)
+        if baseline is None:
             return None
-        return paired_difference(arm.values(metric), baseline.values(metric))
+        return paired_difference(arm.class_values(class_name, metric), baseline.class_values(class_name, metric))
 
 
 def read_published(path: Path, command: str, required: Sequence[str] = (), or_else: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Means and paired differences over seeds, with Student's t intervals."""
+"""Means and paired differences over seeds, with Student's t intervals and tests."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # below which a corrected p counts
+TESTED = 3  # values from which on a test is made: with two, next to nothing is known of their spread
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and the half-width of its interval.
+    """A mean over seeds, the half-width of its interval, and p of the t-test of the mean against zero.
 
-    `half` is None with fewer than two values: one run says nothing about the spread between seeds.
+    `half` is None with fewer than two values: one run says nothing about the spread between seeds. `p` is None with
+    fewer than TESTED.
     """
 
     mean: float
     half: float | None
     count: int
+    p: float | None = None
 
     @property
     def low(self) -> float:
@@ -41,7 +45,8 @@ class Interval:
 def mean_interval(values: Sequence[float | None], confidence: float = CONFIDENCE) -> Interval | None:
     """The mean of the values that are numbers, with its two-sided t interval; None where there is none.
 
-    half = t(1 - (1 - confidence) / 2, n - 1) * s / sqrt(n), s the sample standard deviation.
+    half = t(1 - (1 - confidence) / 2, n - 1) * s / sqrt(n), s the sample standard deviation. p is two-sided; of equal
+    values it is 0, or 1 where they are zero.
     """
     known = [value for value in values if value is not None and math.isfinite(value)]
     count = len(known)
@@ -50,9 +55,29 @@ def mean_interval(values: Sequence[float | None], confidence: float = CONFIDENCE
     mean = math.fsum(known) / count
     if count == 1:
         return Interval(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in known) / (count - 1)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (count - 1) / count)
     quantile = float(stdtrit(count - 1, 0.5 + confidence / 2))
-    return Interval(mean, quantile * math.sqrt(variance / count), count)
+    return Interval(mean, quantile * error, count, _p(mean, error, count) if count >= TESTED else None)
+
+
+def _p(mean: float, error: float, count: int) -> float:
+    """Two-sided, of a mean with a standard error."""
+    if error == 0:
+        return float(mean == 0)
+    return 2 * float(stdtr(count - 1, -abs(mean) / error))
+
+
+def holm(tests: Sequence[float | None]) -> list[float | None]:
+    """The p values of one family, corrected after Holm; None, a test that was not made, stays so.
+
+    From the smallest on, each is multiplied by the number of those not below it, and is not below the one before it.
+    """
+    corrected: list[float | None] = [None] * len(tests)
+    least, made = 0.0, sorted((p, place) for place, p in enumerate(tests) if p is not None)
+    for left, (p, place) in zip(range(len(made), 0, -1), made, strict=True):
+        least = max(least, min(1.0, p * left))
+        corrected[place] = least
+    return corrected
 
 
 def paired_difference(

@@ -1,4 +1,4 @@
-"""Accuracy over cost as marks in a plane. Pure geometry, no colours."""
+"""Accuracy, and what is gained of it, over cost as marks in a plane. Pure geometry, no colours."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.report.charts import round_step
-from pipeline.report.cost import Costs
+from pipeline.report.cost import Costs, Quantity
 from pipeline.report.efficiency import PairCost
-from pipeline.report.results import Arm
-from pipeline.report.tables import number
+from pipeline.report.results import Arm, Study
+from pipeline.report.statistics import Interval
+from pipeline.report.tables import difference, number
 
 SIZE = (460.0, 290.0)  # width, height of the plot in SVG user units
 SPREAD = 72.0  # user units that students of one cost share, side by side
 APART = 10.0  # user units between them at most
-RADII = {"teacher": 7.0, "alone": 5.0, "taught": 4.0}
+RADII = {"teacher": 7.0, "alone": 5.0, "taught": 4.0, "baseline": 8.0, "gained": 7.0}
+SPENT = ("parameters", "multiply_adds", "latency_ms")  # over which gains are drawn
+ROOM = 1.2  # times the cheapest and the dearest, for the marks that stand beside them
 SHAPES = ("circle", "square", "diamond")  # of families, in turn
 
 
@@ -24,7 +27,7 @@ class Mark:
     """An arm in the plane, in SVG user units."""
 
     arm: Arm
-    role: str  # "teacher", "alone" or "taught"
+    role: str  # "teacher", "alone" or "taught"; of gains "baseline" or "gained"
     x: float
     y: float
     low: float | None  # of the interval, where there is one
@@ -35,9 +38,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """A metric over multiply-adds: marks, the lines of undistilled models, ticks (label, position)."""
+    """A metric over a cost: marks, the lines of undistilled models, ticks (label, position)."""
 
     metric: str
+    cost: str
+    axis: str  # the cost with its unit
     marks: list[Mark]
     lines: list[str]
     x_ticks: list[tuple[str, float]]
@@ -59,6 +64,14 @@ class Plane:
         """Of a metric, upwards."""
         return SIZE[1] * (1 - (value - self.values[0]) / (self.values[-1] - self.values[0]))
 
+    def ticks(self, unit: float) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+        """Labels and positions along both axes; costs are divided by `unit`."""
+        digits = max(0, -math.floor(math.log10(self.values[1] - self.values[0]) + 1e-9))
+        return (
+            [(f"{cost / unit:g}", self.x(cost)) for cost in self.costs],
+            [(f"{value:.{digits}f}", self.y(value)) for value in self.values],
+        )
+
 
 def tradeoff(pairs: Sequence[PairCost], costs: Costs, metric: str) -> Tradeoff:
     """All arms of the pairs by a metric and their multiply-adds.
@@ -74,14 +87,57 @@ def tradeoff(pairs: Sequence[PairCost], costs: Costs, metric: str) -> Tradeoff:
     ends = (min(mean.low for mean in means), max(mean.high for mean in means)) if means else (0.0, 1.0)
     plane = Plane(log_ticks(min(spent), max(spent)), span_ticks(*ends))
     marks = {mark.arm.first_key: mark for pair in pairs for mark in _marks(pair, pairs, plane, costs, metric)}
-    digits = max(0, -math.floor(math.log10(plane.values[1] - plane.values[0]) + 1e-9))
     return Tradeoff(
         metric,
+        "multiply-adds",
+        "multiply-adds of one sample, G",
         list(marks.values()),
         [line for pair in pairs if (line := _line(pair, plane, costs, metric))],
-        [(f"{cost / 1e9:g}", plane.x(cost)) for cost in plane.costs],
-        [(f"{value:.{digits}f}", plane.y(value)) for value in plane.values],
+        *plane.ticks(1e9),
     )
+
+
+def gains(study: Study, costs: Costs, metric: str) -> list[Tradeoff]:
+    """What every variant gains on its baseline, over each of SPENT; a baseline is a mark at zero.
+
+    Args:
+        study: the runs.
+        costs: of its models.
+        metric: "mAP" or "NDS".
+    """
+    return [_gains(study, costs, metric, quantity) for quantity in costs.quantities if quantity.key in SPENT]
+
+
+def _gains(study: Study, costs: Costs, metric: str, quantity: Quantity) -> Tradeoff:
+    nothing = Interval(0.0, None, len(study.seeds))
+    drawn = [
+        (arm, costs.of(arm)[quantity.key], gain)
+        for arm in study.variants
+        if (gain := study.gain(arm, metric) if study.compared_with(arm) else nothing)
+    ]
+    name, _, unit = quantity.head.partition(", ")
+    spent, found = [cost for _, cost, _ in drawn], [gain for _, _, gain in drawn]
+    ends = min(gain.low for gain in found), max(gain.high for gain in found)
+    plane = Plane(log_ticks(min(spent) / ROOM, max(spent) * ROOM), span_ticks(*ends))
+    offsets = {cost: iter(side_by_side(spent.count(cost))) for cost in spent}
+    marks = []
+    for arm, cost, gain in drawn:
+        gained = study.compared_with(arm) is not None
+        words = f"Δ {metric} {difference(gain)}" if gained else "baseline"
+        title = f"{arm.name}: {words}, {quantity.text(costs.of(arm))} {unit} {name}"
+        role = "gained" if gained else "baseline"
+        marks.append(_mark(arm, role, plane, cost, gain, next(offsets[cost]), "circle", title))
+    zero = f"M0,{plane.y(0.0):.1f} H{SIZE[0]:g}"
+    return Tradeoff(f"Δ {metric}", name, quantity.head, marks, [zero], *plane.ticks(quantity.unit))
+
+
+def _mark(
+    arm: Arm, role: str, plane: Plane, cost: float, value: Interval, offset: float, shape: str, title: str
+) -> Mark:
+    """An arm where its cost and a value put it, moved sideways by an offset."""
+    x, y = plane.x(cost) + offset, plane.y(value.mean)
+    low, high = (plane.y(end) if value.half is not None else None for end in (value.low, value.high))
+    return Mark(arm, role, x, y, low, high, mark_path(shape, x, y, RADII[role]), title)
 
 
 def families(pairs: Sequence[PairCost]) -> list[tuple[str, str]]:
@@ -134,10 +190,8 @@ def _marks(pair: PairCost, pairs: Sequence[PairCost], plane: Plane, costs: Costs
         if (mean := arm.mean(metric)) is None:
             continue
         cost = costs.of(arm)["multiply_adds"]
-        x, y = plane.x(cost) + offset, plane.y(mean.mean)
-        low, high = (plane.y(end) if mean.half is not None else None for end in (mean.low, mean.high))
         title = f"{arm.name}: {metric} {number(mean)}, {cost / 1e9:.2f} G multiply-adds"
-        marks.append(Mark(arm, role, x, y, low, high, mark_path(shape, x, y, RADII[role]), title))
+        marks.append(_mark(arm, role, plane, cost, mean, offset, shape, title))
     return marks
 
 

@@ -104,7 +104,8 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     params.write_text(text)
     assert "weight: 3.0 -> 0.123" in plan
     running = {line.split()[0] for line in plan.splitlines() if " run " in line}
-    assert running == {"distill@x3kd-0", "evaluate@x3kd-0", "cost", "report"}  # cost: DVC knows `variants` as a whole
+    # cost: DVC knows `variants` as a whole.
+    assert running == {"needs@x3kd", "distill@x3kd-0", "evaluate@x3kd-0", "cost", "film", "report"}
     assert "distill@baseline-0" not in status
     assert "teacher@lidar" not in status
 

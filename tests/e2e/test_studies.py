@@ -12,7 +12,7 @@ from pipeline.params import load_params
 from tests.e2e.conftest import Project
 
 # The largest on one process of the suite, the others on another.
-STUDIES = {"x3kd": "studies", "simdistill": "studies", "structured": "structured"}
+STUDIES = {"x3kd": "studies", "simdistill": "studies", "structured": "structured", "combined": "studies"}
 
 
 @pytest.mark.timeout(2400)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.launch import PREEMPTED
+from pipeline.launchers import PREEMPTED
 from tests.pipeline.toy import ROOT, run, trace
 
 TOY = str(ROOT / "tests/pipeline/toy.py")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import gpus, launch
-from pipeline.errors import PipelineError
+from pipeline import gpus
 from tests.pipeline.project import ROOT
 
 HOLD = """
@@ -67,23 +66,13 @@ def test_without_gpus_nothing_changes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PIPELINE_LAUNCHER", "PIPELINE_PROCESSES", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    many = {"gpus": 4, "distributed": True}
-    assert launch.processes(many, 0) == 1
-    assert launch.processes(many, 1) == 1
-    assert launch.processes(many, 4) == 4
-    assert launch.processes({"gpus": 4}, 4) == 1
-    monkeypatch.setenv("PIPELINE_LAUNCHER", "torchrun")
-    monkeypatch.setenv("PIPELINE_PROCESSES", "2")
-    assert launch.processes(many, 0) == 2
-    assert launch.processes({}, 0) == 1
-    monkeypatch.setenv("PIPELINE_PROCESSES", "two")
-    with pytest.raises(PipelineError, match="PIPELINE_PROCESSES='two'"):
-        launch.processes(many, 0)
-    monkeypatch.setenv("PIPELINE_LAUNCHER", "slorm")
-    with pytest.raises(PipelineError, match="PIPELINE_LAUNCHER='slorm': allowed are local, torchrun"):
-        launch.processes(many, 0)
-    monkeypatch.setenv("PIPELINE_LAUNCHER", "local")
-    assert launch.processes(many, 4) == 1
+def test_gpus_of_a_scheduler_are_not_leased_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind Slurm's cgroups every job calls its GPU 0: a lease of that name would let one wait for the other."""
+    first = hold(2, tmp_path)
+    assert says(first) == "held 3,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("PIPELINE_GPU_LEASES", "")
+    with gpus.lease(1) as held:
+        assert held == ["3"]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    first.communicate("")

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from dvc.repo.index import Index
 
 from pipeline import graph
 from tests.pipeline.project import ROOT, Project, wait_until
@@ -48,7 +49,8 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert nodes["prepare"].upstream == ("generate@city",)
     assert set(nodes["extract@lidar"].upstream) == {"prepare", "teacher@lidar", "teacher@start"}
     assert nodes["extract@lidar"].outs == ("outputs/stores/lidar", "reports/stores/lidar.json")
-    assert {"extract@lidar", "teacher@lidar"} < set(nodes["distill@baseline-0"].upstream)
+    assert {"extract@lidar", "teacher@lidar"} < set(nodes["needs@baseline"].upstream)
+    assert nodes["distill@baseline-0"].upstream == ("needs@baseline", "prepare")
     assert "extract@lidar" in nodes["report"].upstream
     assert nodes["evaluate@baseline-0"].upstream == ("distill@baseline-0", "prepare")
     for name, node in nodes.items():
@@ -85,6 +87,19 @@ def test_status_says_why(chain: Project) -> None:
     assert reasons["one"] == ["dependency modified: in.txt"]
     assert reasons["two"] == ["changed command"]
     assert reasons["three@a"] == ["out deleted: three-a.txt"]
+
+
+def test_graph_and_status_come_from_one_reading(chain: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain.repro("one")
+    chain.write("in.txt", "2")
+    apart = graph.graph(chain.root), graph.status(chain.root)
+    read: list[str] = []
+    from_file = Index.from_file
+    monkeypatch.setattr(
+        Index, "from_file", lambda repo, path, **options: (read.append(path), from_file(repo, path, **options))[1]
+    )
+    assert graph.graph_and_status(chain.root) == apart
+    assert read == [str(chain.root / "dvc.yaml")]
 
 
 def test_fingerprint_follows_command_dependencies_and_params_and_not_meta(chain: Project) -> None:
@@ -182,5 +197,4 @@ def test_broken_projects_are_named(chain: Project) -> None:
 def test_beside_counts_what_is_neither_needed_nor_dependent() -> None:
     upstream = {"a": (), "b": ("a",), "c": ("a",), "d": ("b",), "e": ("c", "d"), "alone": ()}
     nodes = {name: graph.Node(name, "true", {}, needs, ()) for name, needs in upstream.items()}
-    counts = {name: graph.beside(nodes, name) for name in nodes}
-    assert counts == {"a": 1, "b": 2, "c": 3, "d": 2, "e": 1, "alone": 5}
+    assert graph.beside(nodes) == {"a": 1, "b": 2, "c": 3, "d": 2, "e": 1, "alone": 5}

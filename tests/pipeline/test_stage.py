@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import stage
-from pipeline.launch import PREEMPTED
+from pipeline.launchers import PREEMPTED
 from pipeline.stage import StageError, Stop, publish
 from tests.pipeline.project import Project, wait_until
 
@@ -170,7 +171,8 @@ def test_the_same_stage_twice_is_refused(counting: Project) -> None:
 def test_failure_says_what_failed_where_and_how_to_go_on(project: Project) -> None:
     project.write("stages/distill.py", "def run(context):\n    raise ValueError('no such luck')\n")
     output = project.run("pipeline", "stage", "distill", "--key", "xod-0", code=1)
-    assert "failed: distill@xod-0" in output
+    assert output.count("failed: distill@xod-0\n") == 1
+    assert "mlflow: not sent yet (python -m pipeline track replay)" in output
     assert "log: logs/distill-xod-0.log" in output
     assert "rerun: dvc repro --single-item distill@xod-0" in output
     assert any("ValueError: no such luck" in line for line in project.lines("logs/distill-xod-0.log"))
@@ -282,3 +284,28 @@ def test_several_processes(make_project: Callable[..., Project]) -> None:
     assert project.repro(NAME) == [NAME]
     marks = list(project.root.glob(".scratch/distill-baseline-0/*/published.json"))
     assert [json.loads(mark.read_text()) for mark in marks] == [["outputs/students/baseline-0"]]
+
+
+def test_a_rank_that_fails_leaves_the_last_word_to_the_command(make_project: Callable[..., Project]) -> None:
+    project = make_project(PIPELINE_LAUNCHER="torchrun", PIPELINE_PROCESSES="2", OMP_NUM_THREADS="1")
+    project.edit("dvc.yaml", "deps: [stages/distill.py, outputs/index]", "deps: [stages/distill.py]")
+    project.write("stages/distill.py", "def run(context):\n    raise ValueError('no such luck')\n")
+    output = project.run("pipeline", "stage", "distill", "--key", "baseline-0", code=1)
+    assert output.count("failed: distill@baseline-0\n") == 1
+    assert output.count("mlflow: not sent yet") == 1
+    assert output.count("rerun: dvc repro --single-item distill@baseline-0") == 1
+
+
+def test_what_an_earlier_command_left_is_waited_for(counting: Project) -> None:
+    """A rank, or a job on another machine, may still be saving when its command was killed and is given again."""
+    (counting.root / "hang").unlink()
+    folder = counting.root / ".scratch" / "distill-baseline-0"
+    folder.mkdir(parents=True)
+    with (folder / "work").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run = counting.start("pipeline", "stage", "distill", "--key", "baseline-0")
+        time.sleep(5)
+        assert run.poll() is None
+        assert counting.lines("trace.txt") == []
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,51 @@ def test_the_truth_of_a_city_scores_one_in_all_ten_classes(params: Params, proje
     assert all(values["truth"] for values in scores["classes"].values())
     assert scores["mAP"] == 1.0
     assert [scores[name] for name in ("mATE", "mASE", "mAOE", "mAVE")] == pytest.approx([0, 0, 0, 0], abs=1e-5)
+    assert {entry["mAP"] for entry in scores["scenes"]} == {1.0}
+
+
+def test_a_scenes_score_is_the_devkits_on_that_scene_alone(
+    city: Path, params: Params, project: Path, tmp_path: Path
+) -> None:
+    """The devkit is run again on a split of one scene, with the boxes of that scene."""
+    build_index(city, "v1.0-trainval", ["val"], tmp_path / "outputs/index")
+    there = params.model_copy(update={"data": params.data.model_copy(update={"dataroot": str(city)})})
+    dataset = plain_dataset(tmp_path, there, "val", load_detector(project / "outputs/teachers/lidar"))
+    dataset.modalities = frozenset({"boxes"})
+    noisy, tables = truth_as_detections(dataset, noise=1.0), open_tables(city, "v1.0-trainval")
+    write_submission(build_submission(noisy, dataset.index, "val", {"camera"}), tmp_path / "all.json")
+    scenes = summary(evaluate_submission(tables, tmp_path / "all.json", "val"))["scenes"]
+    assert [entry["scene"] for entry in scenes] == dataset.index.scenes("val")
+    for number, entry in enumerate(scenes):
+        part = f"val[{number}:{number + 1}]"
+        own = {token: noisy[token] for token in dataset.index.tokens(part)}
+        write_submission(build_submission(own, dataset.index, part, {"camera"}), tmp_path / "one.json")
+        alone = summary(evaluate_submission(tables, tmp_path / "one.json", part))
+        assert entry["mAP"] == pytest.approx(alone["mAP_present"], abs=2e-6)
+        assert 0 < entry["mAP"] < 1
+        assert (entry["boxes"], entry["samples"]) == (alone["boxes"]["truth"], alone["samples"])
+
+
+def test_a_scene_without_truth_has_no_score(city: Path, tmp_path: Path) -> None:
+    """All annotations of a scene become ones that no point has seen, which the devkit drops."""
+    half = Path(shutil.copytree(city, tmp_path / "half", symlinks=True))
+    tables = half / "v1.0-trainval"
+    scene = next(record for record in json.loads((tables / "scene.json").read_text()) if record["name"] == "scene-0003")
+    tokens = {
+        record["token"]
+        for record in json.loads((tables / "sample.json").read_text())
+        if record["scene_token"] == scene["token"]
+    }
+    annotations = json.loads((tables / "sample_annotation.json").read_text())
+    for record in annotations:
+        if record["sample_token"] in tokens:
+            record |= {"num_lidar_pts": 0, "num_radar_pts": 0}
+    (tables / "sample_annotation.json").write_text(json.dumps(annotations))
+    nusc, path = open_tables(half, "v1.0-trainval"), tmp_path / "empty.json"
+    path.write_text(json.dumps({"meta": {}, "results": {token: [] for token in split_tokens(nusc, "val")}}))
+    first, second = summary(evaluate_submission(nusc, path, "val"))["scenes"]
+    assert (first["scene"], first["mAP"], first["boxes"], first["samples"]) == ("scene-0003", None, 0, len(tokens))
+    assert (second["mAP"], second["boxes"] > 0) == (0.0, True)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -25,9 +27,12 @@ from pipeline.report.build import Report
 from pipeline.report.charts import curve_path, graph, reduced, round_ticks
 from pipeline.report.efficiency import Compression, compression
 from pipeline.report.results import ERRORS, ReportError, load_study
-from pipeline.report.statistics import mean_interval, paired_difference
+from pipeline.report.scenes import extremes, scene_gains
+from pipeline.report.significance import probability
+from pipeline.report.statistics import holm, mean_interval, paired_difference
 from pipeline.report.tradeoff import log_ticks, side_by_side, span_ticks
-from stages.report import learned_from, pairs, stage_graph, starts
+from stages.lineage import starts
+from stages.report import learned_from, pairs, stage_graph
 from stages.report import seen as seen_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,10 +109,15 @@ def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tupl
     classes["traffic_cone"].update(AOE=None, AVE=None, AAE=None)
     ap = float(np.mean([values["AP"] for values in classes.values()]))
     errors = {error: float(rng.uniform(0.3, 1.0)) for error in ERRORS}
+    scenes = [
+        {"scene": f"scene-000{n}", "mAP": ap * (1 + (-1) ** n * 0.1 * n), "boxes": 10 * n, "samples": 4}
+        for n in range(1, 9)
+    ]
+    scenes.append({"scene": "scene-0009", "mAP": None, "boxes": 0, "samples": 4})
     return {
         "kind": kind, "split": "val", "parameters": 1_650_000, "mAP": ap, "NDS": ap * 0.9, **errors,
         "mAP_present": ap * 10 / (10 - len(absent)), "samples": 96, "classes": classes,
-        "boxes": {"truth": 40 * (10 - len(absent)), "predicted": 550},
+        "boxes": {"truth": 40 * (10 - len(absent)), "predicted": 550}, "scenes": scenes,
     }  # fmt: skip
 
 
@@ -144,9 +154,27 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
     images = [{"image": "samples/CAM_BACK/one.jpg", "file": "00.png"}]
     (overlays / "pictures.json").write_text(json.dumps({"threshold": 0.2, "images": images}))
     (root / "cost.json").write_text(json.dumps(COST))
+    make_film(root / "film", ["lidar", "baseline-0", "xfd-0"])
     (root / "stores").mkdir()
     (root / "stores/lidar.json").write_text(json.dumps(CARD))
     return root
+
+
+def make_film(folder: Path, keys: list[str]) -> None:
+    """Three keyframes of a scene, and a picture of another one."""
+    folder.mkdir()
+    frames = [Image.fromarray(np.full((30, 90, 3), shade, np.uint8)) for shade in (0, 99, 200)]
+    frames[0].save(folder / "film.webp", save_all=True, append_images=frames[1:], duration=500)
+    frames[1].save(folder / "scene-0008.jpg")
+    stills = [{"scene": "scene-0008", "token": "abc", "file": "scene-0008.jpg"}]
+    content = {"keys": keys, "threshold": 0.2, "scene": "scene-0007", "keyframes": 3, "file": "film.webp"}
+    (folder / "film.json").write_text(json.dumps({**content, "scenes": stills}))
+
+
+def make_film_of(root: Path, keys: list[str]) -> None:
+    """The film once more, with other runs in it."""
+    shutil.rmtree(root / "film")
+    make_film(root / "film", keys)
 
 
 def add_fusion(root: Path, mean_ap: float, score: float) -> None:
@@ -191,7 +219,7 @@ def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
-    folders = (root / name for name in ("metrics", "predictions", "stores", "features", "cost.json"))
+    folders = (root / name for name in ("metrics", "predictions", "stores", "features", "cost.json", "film"))
     return build(*folders, **{**given, **changes})
 
 
@@ -231,6 +259,236 @@ def test_difference_is_paired_by_seed() -> None:
     statistic = scipy.stats.ttest_rel([0.13, 0.23, 0.33], [0.1, 0.21, 0.3]).confidence_interval()
     assert (gain.count, gain.low, gain.high) == (3, pytest.approx(statistic.low), pytest.approx(statistic.high))
     assert gain.resolved == (statistic.low > 0)
+
+
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_p_is_scipys(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for shift in (0.0, 0.01, -0.5):
+        own, base = rng.normal(shift, 0.1, count), rng.normal(0.0, 0.1, count)
+        gain = paired_difference(dict(enumerate(own.tolist())), dict(enumerate(base.tolist())))
+        assert gain is not None
+        assert gain.p is not None
+        assert gain.p == pytest.approx(scipy.stats.ttest_rel(own, base).pvalue, rel=1e-9)
+        assert (gain.p < 0.05) == gain.resolved
+
+
+def test_p_needs_three_values_and_a_spread() -> None:
+    assert [interval.p for interval in (mean_interval([0.1]), mean_interval([0.1, 0.2])) if interval] == [None, None]
+    assert [interval.p for interval in (mean_interval([0.0] * 3), mean_interval([0.5] * 3)) if interval] == [1.0, 0.0]
+
+
+def test_holm_is_its_definition() -> None:
+    """Corrected p: the largest over the k smallest of min(1, p times the number of those that are not smaller)."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, None, 0.04]) == pytest.approx([0.02, None, 0.04])
+    assert holm([]) == []
+    for seed in range(20):
+        tests = np.random.default_rng(seed).uniform(0, 0.2, 7)
+        ordered = np.sort(tests)
+        expected = [max(min(1.0, (7 - j) * ordered[j]) for j in range(7) if ordered[j] <= p) for p in tests]
+        assert holm(tests.tolist()) == pytest.approx(expected)
+        held = 0  # step down: stop at the first that is not below 0.05 / (number left)
+        while held < 7 and ordered[held] <= 0.05 / (7 - held):
+            held += 1
+        assert sum(p <= 0.05 for p in holm(tests.tolist()) if p is not None) == held
+
+
+def values_of(root: Path, name: str, metric: str, seeds: int) -> list[float]:
+    return [json.loads((root / f"metrics/{name}-{seed}.json").read_text())[metric] for seed in range(seeds)]
+
+
+def test_every_pair_of_variants_is_tested_and_corrected(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1, 2])
+    report = make_report(tmp_path, [0, 1, 2])
+    names = list(VARIANTS)
+    text = section(report, "significance")
+    for metric, table in zip(("mAP", "NDS"), text.split('<table class="dense matrix">')[1:], strict=True):
+        runs = {name: values_of(tmp_path, name, metric, 3) for name in names}
+        places = [(row, column) for row in range(3) for column in range(row)]
+        p = {place: scipy.stats.ttest_rel(*(runs[names[index]] for index in place)).pvalue for place in places}
+        corrected = dict(zip(places, holm(list(p.values())), strict=True))
+        body = cells(table.partition("<tbody>")[2].partition("</tbody>")[0])
+        for row, column in places:
+            gain = mean_interval(np.subtract(runs[names[row]], runs[names[column]]).tolist())
+            assert gain is not None
+            assert body[4 * row + column + 1] == f"{gain.mean:+.3f}± {gain.half:.3f}"
+            expected = probability(corrected[row, column]) + probability(p[row, column])
+            assert body[4 * column + row + 1] == expected
+        assert [body[5 * place + 1] for place in range(3)] == [""] * 3
+        assert [body[4 * place].split(" ")[1] for place in range(3)] == ["baseline", "xfd", "xod-&lt;b&gt;"]
+    assert "Two-sided paired t-test over 3 seeds" in report.markdown
+    rows = [cells(row) for row in text.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]]
+    tests = json.loads(report.summary)["tests"]
+    own = {name: values_of(tmp_path, name, "mAP", 3) for name in names}
+    family = [scipy.stats.ttest_rel(own[name], own["baseline"]).pvalue for name in names[1:]]
+    for name, texts, p_value, p_holm in zip(names[1:], rows, family, holm(family), strict=True):
+        assert texts[1:3] == ["baseline", "3"]
+        assert texts[4:6] == [probability(p_value), probability(p_holm)]
+        assert tests[name]["mAP"]["p_holm"] == pytest.approx(p_holm, abs=1e-6)
+        assert tests[name]["mAP"]["n"] == 3
+
+
+def test_a_difference_that_holds_is_marked(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1, 2])
+    for name, level in (("baseline", 0.1), ("xfd", 0.2), ("xod-<b>", 0.10001)):
+        for seed in range(3):
+            path = tmp_path / f"metrics/{name}-{seed}.json"
+            value = level + 0.001 * seed + 0.0005 * (name == "xfd") * seed * seed
+            path.write_text(json.dumps({**json.loads(path.read_text()), "mAP": value}))
+    text = section(make_report(tmp_path, [0, 1, 2]), "significance")
+    first = text.split('<table class="dense matrix">')[1].partition("</table>")[0]
+    marked = re.findall(r'class="(up|down)? ?sure"[^>]*title="([^:]*):', first)
+    assert ("up", "xfd − baseline") in marked
+    assert ("down", "xod-&lt;b&gt; − xfd") in marked
+    assert "Every pair of variants, mAP: 3 of 3 differences hold" in text  # xod-<b> differs by the same in every seed
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_fewer_than_three_seeds_nothing_is_said(tmp_path: Path, count: int) -> None:
+    seeds = list(range(count))
+    report = make_report(make_study(tmp_path, seeds), seeds)
+    assert "nothing can be said about significance" in section(report, "significance")
+    assert "nothing can be said about significance" in report.markdown
+    assert '<table class="dense matrix">' not in report.html
+    assert [test["mAP"]["p"] for test in json.loads(report.summary)["tests"].values()] == [None, None]
+
+
+def test_a_single_variant_has_nothing_to_be_tested_against(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1, 2])
+    make_film_of(tmp_path, ["baseline-0"])
+    report = make_report(tmp_path, [0, 1, 2], variants={"baseline": PLAIN})
+    assert "<table" not in section(report, "significance")
+    assert '<section id="extremes">' not in report.html
+    assert section(report, "film")
+    assert json.loads(report.summary)["tests"] == {}
+
+
+def test_classes_and_errors_are_coloured_by_their_difference_to_the_baseline(tmp_path: Path) -> None:
+    """Blue is better: a higher AP, a lower error; the strongest cell of a scale is its largest difference."""
+    make_study(tmp_path, [0, 1], ("bus",))
+    text = section(make_report(tmp_path, [0, 1]), "classes").partition("</table>")[0]
+    heads = [re.sub(r"<small>.*", "", head) for head in re.findall(r"<th scope=\"col\"[^>]*>(.*?)</th>", text)][1:]
+    assert heads == [*(name.replace("_", " ") for name in CLASSES), *ERRORS]
+    rows = {}
+    for row in text.partition("<tbody>")[2].split("<tr")[1:]:
+        found = re.findall(r'<td class="([^"]*)" style="--a:([\d.]+)" title="[^"]*">([^<]*)</td>', row)
+        rows[re.sub(r"<[^>]*>", "", row.partition("</th>")[0]).partition(">")[2].split(" ")[0]] = found
+    runs = {name: [json.loads((tmp_path / f"metrics/{name}-{seed}.json").read_text()) for seed in (0, 1)]
+            for name in VARIANTS}  # fmt: skip
+    means = {
+        name: np.mean([[run["classes"][c]["AP"] for c in CLASSES] + [run[e] for e in ERRORS] for run in found], axis=0)
+        for name, found in runs.items()
+    }
+    better = {name: (means[name] - means["baseline"]) * ([1] * 10 + [-1] * 5) for name in ("xfd", "xod-<b>")}
+    sizes = np.abs(list(better.values()))
+    scale = np.concatenate([[sizes[:, :10].max()] * 10, sizes[:, 10:].max(axis=0)])
+    for name, gains in better.items():
+        found = rows[name.replace("<", "&lt;").replace(">", "&gt;")]
+        for column, (kind, strength, shown) in enumerate(found):
+            if column == CLASSES.index("bus"):
+                assert (shown, float(strength)) == ("–", 0.0)
+                continue
+            assert shown == f"{means[name][column]:.3f}"
+            assert kind.split(" ")[0] == ("up" if gains[column] > 0 else "down")
+            assert float(strength) == pytest.approx(abs(gains[column]) / scale[column], abs=6e-4)
+    assert {kind.strip() for kind, _, _ in rows["baseline"] + rows["lidar"]} == {"", "edge"}
+
+
+def test_gains_stand_over_the_costs(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    text = section(make_report(tmp_path, [0, 1]), "cost")
+    plots = re.findall(r'aria-label="Δ (mAP|NDS) over ([\w-]+)"(.*?)</svg>', text, re.DOTALL)
+    costs = ["params", "multiply-adds", "latency"]
+    assert [plot[:2] for plot in plots] == [(metric, cost) for metric in ("mAP", "NDS") for cost in costs]
+    for metric, cost, plot in plots:
+        bottom = re.findall(r'<text x="([\d.]+)" y="306.0"[^>]*>([\d.]+)<', plot)
+        left = re.findall(r'<text x="-7" y="([\d.-]+)"[^>]*>([\d.-]+)<', plot)
+        x = {float(label): float(at) for at, label in bottom}
+        y = {float(label): float(at) - 4 for at, label in left}
+        across, up = np.polyfit(np.log(list(x)), list(x.values()), 1), np.polyfit(list(y), list(y.values()), 1)
+        marks = re.findall(r'class="mark (\w+) \w+" d="M([\d.-]+),([\d.-]+) a([\d.]+),[^>]*><title>([^:]*):', plot)
+        assert [(mark[0], mark[4]) for mark in marks] == [
+            ("baseline", "baseline"), ("gained", "xfd"), ("gained", "xod-&lt;b&gt;"),
+        ]  # fmt: skip
+        spent = {"params": (1.6, 1.6, 1.8), "multiply-adds": (2.5, 2.5, 3.5), "latency": (80.0, 80.0, 100.0)}[cost]
+        base = values_of(tmp_path, "baseline", metric, 2)
+        for (_, start, height, radius, _), name, value in zip(marks, VARIANTS, spent, strict=True):
+            gain = np.mean(np.subtract(values_of(tmp_path, name, metric, 2), base))
+            aside = 10 * (name == "xfd")  # it costs what the baseline does
+            assert float(start) + float(radius) == pytest.approx(np.polyval(across, np.log(value)) + aside, abs=0.3)
+            assert float(height) == pytest.approx(np.polyval(up, gain), abs=0.3)
+        assert plot.count('class="interval') == 2
+        assert float(re.findall(r'class="undistilled" d="M0,([\d.]+) H460"', plot)[0]) == pytest.approx(up[1], abs=0.3)
+
+
+def test_scenes_are_sorted_by_what_the_best_variant_gains(tmp_path: Path) -> None:
+    make_study(tmp_path, [0, 1])
+    gains = {"a": 0.3, "b": -0.2, "c": 0.1, "d": 0.0, "e": 0.2, "f": -0.1, "g": 0.05}
+    for seed in (0, 1):
+        for name, sign in (("baseline", 0), ("xfd", 1)):
+            path = tmp_path / f"metrics/{name}-{seed}.json"
+            scenes = [
+                {"scene": scene, "mAP": 0.4 + sign * (gain + 0.01 * seed), "boxes": 5, "samples": 2}
+                for scene, gain in gains.items()
+            ]
+            scenes.append({"scene": "nothing", "mAP": None, "boxes": 0, "samples": 2})
+            path.write_text(json.dumps({**json.loads(path.read_text()), "scenes": scenes}))
+    study = load_study(tmp_path / "metrics", [], dict.fromkeys(VARIANTS, ""), [0, 1])
+    assert study.best is not None
+    found = scene_gains(study, study.best)
+    assert [entry.scene for entry in found] == ["a", "e", "c", "g", "d", "f", "b"]
+    assert [entry.gain.mean for entry in found] == pytest.approx([gains[entry.scene] + 0.005 for entry in found])
+    for count, expected in ((7, ("aec", "bfd")), (5, ("aec", "dg")), (3, ("ae", "c")), (1, ("a", "")), (0, ("", ""))):
+        assert tuple("".join(entry.scene for entry in part) for part in extremes(found[:count])) == expected
+    report = make_report(tmp_path, [0, 1])
+    best, worst = section(report, "extremes").split("<tbody>")[1:]
+    half = scipy.stats.t.ppf(0.975, 1) * 0.005
+    shown = [cells(part.partition("</tbody>")[0]) for part in (best, worst)]
+    assert [rows[::5] for rows in shown] == [["a", "e", "c"], ["b", "f", "d"]]
+    assert shown[0][1:5] == ["5", "0.400± 0.000", f"0.705± {half:.3f}", f"+0.305± {half:.3f}"]
+    assert "Where xfd gains and loses" in report.html
+
+
+def test_metrics_without_scenes_are_named(tmp_path: Path) -> None:
+    path = make_study(tmp_path, [0, 1]) / "metrics/xfd-1.json"
+    content = json.loads(path.read_text())
+    del content["scenes"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ReportError, match=r"metrics of xfd-1 lack scenes.*run `dvc repro evaluate@xfd-1`"):
+        make_report(tmp_path, [0, 1])
+
+
+def test_the_film_is_in_the_page_as_it_was_published(tmp_path: Path) -> None:
+    make_study(tmp_path, [0])
+    report = make_report(tmp_path, [0])
+    text = section(report, "film")
+    (uri,) = re.findall(r'src="data:image/webp;base64,([^"]*)" width="90" height="30"', text)
+    assert base64.b64decode(uri) == (tmp_path / "film/film.webp").read_bytes()
+    assert "scene-0007, the scene with the most boxes, 3 keyframes at 2 Hz, through lidar, baseline-0, xfd-0" in text
+    assert section(report, "extremes").count("<img") == 1  # scene-0008 has a picture
+    make_film_of(tmp_path, ["lidar", "skd-0"])
+    with pytest.raises(ReportError, match=r"was drawn for another study, with skd-0: run `dvc repro film`"):
+        make_report(tmp_path, [0])
+
+
+def test_more_models_make_smaller_pictures(tmp_path: Path) -> None:
+    """Twice the panels of a page have half the area, so that they do not need more bytes."""
+    make_study(tmp_path, [0])
+    for folder in (tmp_path / "predictions").iterdir():
+        for file in folder.glob("00-*.png"):
+            Image.fromarray(np.zeros((300, 1400, 3), np.uint8)).save(file)
+    few = section(make_report(tmp_path, [0]), "scenes")
+    assert {int(width) for width in re.findall(r'width="(\d+)"', few)} == {560, 1320}
+    many = {f"copy-{number}": PLAIN for number in range(34)}
+    for name in many:
+        shutil.copy(tmp_path / "metrics/xfd-0.json", tmp_path / f"metrics/{name}-0.json")
+        (tmp_path / f"predictions/{name}-0").symlink_to(tmp_path / "predictions/xfd-0")
+    cost = {**COST, "variants": {**COST["variants"], **dict.fromkeys(many, COST["variants"]["xfd"])}}
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    text = section(make_report(tmp_path, [0], variants={**VARIANTS, **many}), "scenes")
+    widths = {int(width) for width in re.findall(r'width="(\d+)"', text)}
+    assert widths == {round(width * np.sqrt(20 / 39)) for width in (560, 1320)}
 
 
 def test_the_table_of_several_seeds(tmp_path: Path) -> None:
@@ -300,7 +558,9 @@ def test_costs_are_compared_with_the_baselines(tmp_path: Path) -> None:
         ],
     }
     body = cells(section(report, "cost").partition("<tbody>")[2])
-    found = [body[i : i + 7][1:] for i in range(0, len(body), 7)]
+    found = [body[i : i + 9][3:] for i in range(0, len(body), 9)]
+    assert [body[i : i + 9][1] for i in (0, 9)] == ["–", "–"]
+    assert body[19] == next(line for line in report.markdown.splitlines() if line.startswith("| xfd ")).split(" | ")[4]
     assert found == [[text.replace(" (", "").rstrip(")") for text in row] for row in expected.values()]
     rows = [line.strip("| ").split(" | ") for line in report.markdown.partition("| model | params, M")[2].splitlines()]
     assert {row[0]: row[1:] for row in rows[2:6]} == expected
@@ -400,7 +660,7 @@ def test_a_pair_without_a_line_says_so(tmp_path: Path) -> None:
     add_large(tmp_path, 0.4, 0.2, 0.3)
     lonely = make_report(tmp_path, [0], large=["giant"], pairs=[Pair("giant", "camera", "A", [], ["xfd"])])
     assert "The study has no camera alone" in lonely.markdown
-    assert 'class="undistilled"' not in lonely.html
+    assert 'class="undistilled"' not in section(lonely, "efficiency")
     add_large(tmp_path, 0.1, 0.2, 0.3, "former")
     weak = make_report(tmp_path, [0], large=["former"], pairs=[Pair("former", "camera", "A", ["baseline"], ["xfd"])])
     assert "former is not dearer and better in NDS than baseline" in section(weak, "efficiency")
@@ -674,6 +934,10 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ("cost.json", "{", "is not JSON"),
         ("cost.json", json.dumps({"precision": "float32"}), "precisions"),
         ("cost.json", json.dumps({**COST, "variants": {}}), "does not fit the study (KeyError('baseline')): run"),
+        ("film/film.json", None, "is missing: run `dvc repro film`"),
+        ("film/film.json", "{}", "lacks keys, threshold, scene, keyframes, file, scenes: it is of another version"),
+        ("film/film.webp", None, "is missing"),
+        ("film/scene-0008.jpg", None, "is missing"),
         ("features/xfd-1/features.json", None, "is missing: run `dvc repro features@xfd-1`"),
         ("features/xfd-1/features.json", "{}", "lacks teacher, mean, keyframes: it is of another version"),
         ("features/xfd-0/00.png", None, "is missing"),

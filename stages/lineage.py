@@ -1,0 +1,37 @@
+"""Who teaches and who learns in a study, read off the parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.params import Params
+from pipeline.report.results import Study, load_study
+
+
+def starts(params: Params) -> set[str]:
+    """The teachers from which students or other teachers of the study start, and from which no store is made."""
+    study = params.study
+    begun = {start.teacher for name in study.variants for start in params.student(name).starts}
+    parts = set(study.parts.model_dump().values()) if study.fusions else set()
+    camera = {study.parts.camera} if study.large else set()
+    return (begun | parts | camera) - {params.stores[name].teacher for name in study.stores}
+
+
+def teachers_of(params: Params, variant: str) -> set[str]:
+    """The teachers that a variant's terms read, and those that its student inherits weights from."""
+    stores = [term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()]
+    inherited = [start.teacher for start in params.student(variant).starts if start.resample]
+    return {*(params.stores[name].teacher for name in stores), *inherited}
+
+
+def results(params: Params, folder: Path) -> Study:
+    """The study's runs, from the folder of their metrics.
+
+    Raises:
+        ReportError: one is missing, or does not fit the others; names it and what to run.
+    """
+    study = params.study
+    rows = {name: params.variants[name].row or "" for name in study.variants}
+    return load_study(
+        folder, study.teachers, rows, study.seeds, starts(params), study.fusions, study.large, study.baselines
+    )

@@ -1,0 +1,47 @@
+"""Stage `needs`: what the students of a variant are trained on, as values and hashes in a small file.
+
+DVC cannot look up which teachers a variant reads, only depend on outputs/teachers and outputs/stores whole, where every
+study has others. So students depend on this file instead: it is made again whenever something changes there, and is the
+same again unless they read it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.store import StoreError, hash_files
+from pipeline.params import Params
+from pipeline.stage import StageContext, StageError
+
+
+def run(context: StageContext) -> None:
+    """Publish outputs/needs/<variant>.json."""
+    try:
+        content = needs(context.root, context.params, context.key or "")
+    except StoreError as error:
+        raise StageError(str(error)) from error
+    made = context.scratch / "needs.json"
+    made.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    context.publish(made, f"outputs/needs/{context.key}.json")
+
+
+def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
+    """The student, the stores that its terms read, and hashes of the weights and stores behind them.
+
+    Raises:
+        StoreError: naming a teacher whose weights are not there.
+    """
+    student = params.student(variant)
+    names = sorted({term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()})
+    stores = {name: params.stores[name] for name in names}
+    teachers = {store.teacher for store in stores.values()} | {start.teacher for start in student.starts}
+    manifests = [f"outputs/stores/{name}/manifest.json" for name in names]  # with a checksum of every shard
+    files = [f"outputs/teachers/{name}" for name in teachers] + [path for path in manifests if (root / path).exists()]
+    return {
+        "student": student.model_dump(mode="json"),
+        "stores": {name: store.model_dump(mode="json") for name, store in stores.items()},
+        "calibration_samples": params.store.calibration_samples,
+        "files": {path: hash_files(root, [path]) for path in sorted(files)},
+    }

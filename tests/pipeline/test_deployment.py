@@ -1,0 +1,271 @@
+"""Prefect's deployments: a real server as `up` serves it, a real process worker, runs that come in by the API."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling
+from prefect.utilities.templating import apply_values
+from ruamel.yaml import YAML
+
+from pipeline import deployment
+from pipeline.slots import LIMIT
+from tests.pipeline.project import ROOT, Project, free_port, wait_until
+from tests.pipeline.test_flow import Trace, diamond
+
+SECONDS = 180  # for a server or a run on a busy machine
+BESIDE = """
+import time
+def run(context):
+    while (context.root / "hold-beside").exists() and not context.stop.is_set():
+        print("beside 3/12 of its work", flush=True)
+        time.sleep(0.2)
+    if context.stop.is_set():
+        raise SystemExit(75)
+    (context.scratch / "x").write_text("x")
+    context.publish(context.scratch / "x", "beside.txt")
+"""
+
+
+class Served:
+    """A workspace with its deployments, the server that `up` started, and a worker."""
+
+    def __init__(self, folder: Path, api: str, mlflow: str) -> None:
+        self.mlflow = mlflow
+        self.project = diamond(Project(folder, PREFECT_API_URL=api, PREFECT_HOME=str(folder / ".prefect")))
+        self.project.edit("dvc.yaml", "python work.py beside", "exec python -m pipeline stage beside")
+        self.project.write("stages/beside.py", BESIDE)
+        shutil.copy(ROOT / "params.yaml", self.project.root)
+        shutil.copy(ROOT / "prefect.yaml", self.project.root)
+        shutil.copytree(ROOT / "profiles", self.project.root / "profiles")
+        shutil.copytree(ROOT / "studies", self.project.root / "studies")
+        self.client = SyncPrefectClient(api)
+
+    def start(self, **parameters: Any) -> UUID:
+        """Start a run of the deployment `local`, as a click on "Run" does."""
+        there = self.client.read_deployment_by_name("pipeline/local")
+        return self.client.create_flow_run_from_deployment(there.id, parameters=parameters).id
+
+    def state(self, run: UUID) -> StateType | None:
+        """The run's state, once it is a final one."""
+        state = self.client.read_flow_run(run).state
+        return state.type if state is not None and state.is_final() else None
+
+    def message(self, run: UUID) -> str:
+        """What the run's state says."""
+        state = self.client.read_flow_run(run).state
+        return (state.message or "") if state is not None else ""
+
+    def log(self, run: UUID) -> str:
+        """What the run and its tasks have printed."""
+        records = self.client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])), limit=200)
+        return "\n".join(record.message for record in records)
+
+    def artifacts(self, run: UUID) -> dict[str, Any]:
+        """Key (or kind) and content of the run's artifacts."""
+        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+        return {str(a.key or a.type): a.data for a in self.client.read_artifacts(artifact_filter=chosen)}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Served]:
+    """`up`, `prefect deploy --all` and `prefect worker start`, as docs/cluster.md says."""
+    folder = tmp_path_factory.mktemp("served")
+    prefect, mlflow = free_port(), free_port()
+    made = Served(folder / "workspace", f"http://127.0.0.1:{prefect}/api", f"http://127.0.0.1:{mlflow}")
+    project = made.project
+    store = f"sqlite:///{shutil.copy(migrated, folder / 'mlflow.db')}"
+    up = project.start(
+        "pipeline", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow), MLFLOW_TRACKING_URI=store
+    )
+    try:
+        assert up.stdout is not None
+        said = []
+        for line in up.stdout:
+            said.append(line)
+            if line.startswith("export PREFECT_API_URL="):
+                break
+        assert f"export PREFECT_API_URL={project.env['PREFECT_API_URL']}" in said[-1], "".join(said)
+        assert "limit gpu was made: 2 slots\n" in said or "limit gpu was made: 1 slots\n" in said
+        project.run("prefect", "deploy", "--all", PWD="/")  # a shell's idea of where it is must not matter
+        online = {"MLFLOW_TRACKING_URI": made.mlflow, "PIPELINE_TRACK_LATER": ""}
+        worker = project.start("prefect", "worker", "start", "--pool", "gpu-pool", **online)
+        yield made
+        worker.terminate()
+        worker.communicate(timeout=60)
+        up.terminate()
+        up.communicate(timeout=60)
+        assert project.processes() == []
+    finally:
+        project.stop_all()
+        made.client.__exit__(None, None, None)
+
+
+pytestmark = pytest.mark.xdist_group("prefect-deployments")  # one server and one worker do
+
+
+@pytest.fixture
+def workspace(served: Served) -> Served:
+    """The same, with nothing run yet."""
+    for pattern in ("*.txt", "hold-*", "fail-*", "dvc.lock"):
+        for path in served.project.root.glob(pattern):
+            path.unlink()
+    shutil.rmtree(served.project.root / ".dvc" / "cache", ignore_errors=True)  # nothing is restored from other tests
+    served.project.write("extra.txt", "1")
+    return served
+
+
+def test_up_makes_pools_and_the_limit_once(served: Served) -> None:
+    assert {pool.name: pool.type for pool in served.client.read_work_pools()} == {
+        deployment.PROCESS_POOL: "process",
+        deployment.KUBERNETES_POOL: "kubernetes",
+    }
+    limit = served.client.read_global_concurrency_limit_by_name(LIMIT)
+    slots = limit.limit
+    assert slots in (1, 2)  # no GPU here: one stage per core, two at most
+    served.client.upsert_global_concurrency_limit_by_name(LIMIT, 7)
+    try:
+        said = deployment.provide(served.project.env["PREFECT_API_URL"])
+        assert said == ["work pool gpu-pool is there", "work pool k8s-pool is there", "limit gpu is there: 7 slots"]
+    finally:
+        served.client.upsert_global_concurrency_limit_by_name(LIMIT, slots)
+
+
+def test_deploy_all_sends_what_prefect_yaml_says(served: Served) -> None:
+    names = ["local", "slurm", "ray", "kubernetes"]
+    found = {name: served.client.read_deployment_by_name(f"pipeline/{name}") for name in names}
+    assert {name: there.work_pool_name for name, there in found.items()} == {
+        "local": "gpu-pool",
+        "slurm": "gpu-pool",
+        "ray": "gpu-pool",
+        "kubernetes": "k8s-pool",
+    }
+    variables = {name: there.job_variables for name, there in found.items()}
+    assert variables["local"] == {"working_dir": str(served.project.root)}
+    assert variables["slurm"]["env"]["PIPELINE_LAUNCHER"] == "slurm"
+    assert variables["ray"]["env"]["PIPELINE_LAUNCHER"] == "ray"
+    assert {name: [s.active for s in there.schedules] for name, there in found.items()} == {
+        "local": [False],
+        "slurm": [],
+        "ray": [],
+        "kubernetes": [],
+    }
+    assert all(there.parameter_openapi_schema["properties"].keys() == PARAMETERS for there in found.values())
+
+
+PARAMETERS = inspect.signature(deployment.pipeline.fn).parameters.keys()
+
+
+def test_a_run_from_the_api_runs_in_the_workspace(workspace: Served) -> None:
+    project = workspace.project
+    project.write("hold-beside", "")
+    (project.root / "reports").mkdir(exist_ok=True)
+    project.write("reports/table.md", "| row | mAP |")
+    run = workspace.start(targets=["left", "beside"], max_parallel=2, profile="smoke")
+    wait_until(lambda: "progress" in workspace.artifacts(run), SECONDS)
+    assert workspace.artifacts(run)["progress"] == 25.0
+    (project.root / "hold-beside").unlink()
+    assert wait_until(lambda: workspace.state(run), SECONDS) == StateType.COMPLETED, workspace.log(run)
+    assert project.lines("params.yaml")[1].split()[1] == "smoke"
+    assert sorted(Trace(project).names("end")) == ["left", "top"]
+    assert (project.root / "beside.txt").exists()
+    artifacts = workspace.artifacts(run)
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in artifacts["stages"].splitlines()[2:5]]
+    assert sorted(rows) == [["beside", "done"], ["left", "done"], ["top", "done"]]
+    assert artifacts["mlflow"].startswith(f"[the stages' runs]({workspace.mlflow}/#/runs/"), artifacts["mlflow"]
+    assert artifacts["ablation"].startswith("| row | mAP |")
+    assert str(project.root / "reports" / "report.html") in artifacts["ablation"]
+    wait_until(lambda: "3 done" in workspace.log(run))  # logs are sent a little later
+    assert "[beside] beside 3/12 of its work" in workspace.log(run)
+    assert project.repro("left", "beside") == []  # what the flow did, DVC knows
+
+
+def test_a_failed_run_says_what_failed(workspace: Served) -> None:
+    workspace.project.write("fail-top", "")
+    run = workspace.start(targets=["left"])
+    assert wait_until(lambda: workspace.state(run), SECONDS) == StateType.FAILED
+    assert workspace.message(run) == "failed: top"
+    wait_until(lambda: "rerun:  dvc repro --single-item top" in workspace.log(run))
+    wrong = workspace.start(profile="no-such")
+    assert wait_until(lambda: workspace.state(wrong), SECONDS) == StateType.FAILED
+    assert "profile 'no-such' is unknown; allowed: bench-cpu" in workspace.message(wrong)
+
+
+def test_cancelling_a_run_leaves_no_process(workspace: Served) -> None:
+    project = workspace.project
+    before = {process.pid for process in project.processes()}
+    project.write("hold-beside", "")
+    project.write("hold-top", "")
+    run = workspace.start(max_parallel=2)
+    wait_until(lambda: "top" in Trace(project).names("begin") and "beside 3/12" in workspace.log(run), SECONDS)
+    assert len({process.pid for process in project.processes()} - before) >= 5  # the flow, two of DVC, two stages
+
+    workspace.client.set_flow_run_state(run, Cancelling())
+    began = time.monotonic()
+    wait_until(lambda: {process.pid for process in project.processes()} <= before, 60)
+    assert time.monotonic() - began < 45  # Prefect looks every ten seconds or so, and the machine may be busy
+    assert wait_until(lambda: workspace.state(run), SECONDS) == StateType.CANCELLED
+    history = [state.type for state in workspace.client.read_flow_run_states(run)]
+    assert StateType.CRASHED not in history
+    for name in ("beside", "top"):
+        (project.root / f"hold-{name}").unlink()
+    assert sorted(project.repro("top", "beside")) == ["beside", "top"]  # nothing is locked
+
+
+def test_the_kubernetes_job_has_gpus_the_volume_and_the_workspace() -> None:
+    template = deployment.kubernetes_template()
+    (variables,) = (
+        there["work_pool"]["job_variables"] for there in deployments() if there["work_pool"]["name"] == "k8s-pool"
+    )
+    assert variables.keys() <= template["variables"]["properties"].keys()
+    values = variables | {"command": ["prefect", "flow-run", "execute"]}
+    job = apply_values(template["job_configuration"], values)["job_manifest"]
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "bev-distillery:latest"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert [container["command"], container["args"]] == [["tini", "--"], ["prefect", "flow-run", "execute"]]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert volumes.keys() == mounts.keys()
+    assert volumes["workspace"]["persistentVolumeClaim"]["claimName"] == "bev-distillery"
+    assert mounts["memory"] == "/dev/shm"
+    assert Path(container["workingDir"]).is_relative_to(mounts["workspace"])
+
+
+def test_prefect_yaml_names_the_flow_and_its_parameters() -> None:
+    assert {there["entrypoint"] for there in deployments()} == {"pipeline.deployment.pipeline"}
+    assert all(there["parameters"].keys() == PARAMETERS for there in deployments())
+
+
+def test_what_the_image_copies_is_there() -> None:
+    """There is no engine to build it with: at least its sources exist and are not ignored."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    copies = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
+    sources = [word for words in copies for word in words if not word.startswith("--")]
+    assert sources == ["setup/requirements.txt", "setup/build_mmcv.py", "setup/check.py", "."]
+    assert all((ROOT / source).exists() for source in sources)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert not {"setup", "pipeline", "stages", "models", "data", "profiles", "studies", ".dvc"} & set(ignored)
+    made = [name.strip("/") for name in (ROOT / ".gitignore").read_text().split() if name.startswith("/")]
+    assert not [name for name in made if not {name, name + "*"} & set(ignored) and name != "reports/look-*.png"]
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
+    assert json.loads(entry) == ["tini", "--", "python", "-m", "pipeline"]
+    (python,) = set(re.findall(r"python(3\.\d+)", text))
+    assert tuple(map(int, python.split("."))) in [(3, 11), (3, 12)]  # setup/setup.sh takes no other
+
+
+def deployments() -> list[dict[str, Any]]:
+    return YAML(typ="safe", pure=True).load((ROOT / "prefect.yaml").read_text())["deployments"]
