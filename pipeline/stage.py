@@ -225,8 +225,8 @@ def _start_tracker(root: Path, params: Params, spec: StageSpec, scratch: Path) -
         json.loads(memory.read_text())["journal"] if memory.exists() and not (scratch / PUBLISHED).exists() else None
     )
     tags = {"dvc.stage": spec.address, "dvc.fingerprint": spec.fingerprint, "key": spec.key, "profile": params.profile}
-    if spec.key and spec.key.rpartition("-")[0] in params.variants:
-        tags["variant"], tags["seed"] = spec.key.rpartition("-")[0], spec.key.rpartition("-")[2]
+    if student := _student(params, spec.key):
+        tags["variant"], tags["seed"] = student[0], str(student[1])
     tracker = MlflowTracker(spec.address, root, tags | git_tags(root), os.environ.get(PARENT), resume)
     memory.write_text(json.dumps({"journal": tracker.id}))
     (scratch / PUBLISHED).unlink(missing_ok=True)
@@ -321,9 +321,15 @@ def _module(name: str) -> ModuleType:
 
 def _seed(params: Params, key: str | None) -> int:
     """The seed of a student's stage is in its key; every other stage takes `seed`."""
-    if key and key.rpartition("-")[0] in params.variants:
-        return split_key(key)[1]
-    return params.seed
+    student = _student(params, key)
+    return student[1] if student else params.seed
+
+
+def _student(params: Params, key: str | None) -> tuple[str, int] | None:
+    """Variant and seed of a student's key; None for a key of another kind, which may be a variant (`skd-alone`)."""
+    if key is None or key in params.variants or key.rpartition("-")[0] not in params.variants:
+        return None
+    return split_key(key)
 
 
 def _seed_all(seed: int) -> None:

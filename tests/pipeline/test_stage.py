@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import stage
 from pipeline.launchers import PREEMPTED
+from pipeline.params import load_params
 from pipeline.stage import StageError, Stop, publish
 from tests.pipeline.project import Project, wait_until
 
@@ -74,6 +75,16 @@ def test_second_repro_does_nothing_and_a_weight_reruns_one_variant(project: Proj
     assert project.repro() == []
     project.set(variants__baseline__train={"lr": 2e-3})
     assert project.repro() == [NAME]
+
+
+def test_a_variant_whose_name_begins_with_another_ones_is_no_student_of_that(project: Project) -> None:
+    """`skd-alone` is a variant beside `skd`, and not its student of seed `alone`."""
+    project.edit("params.yaml", "variants:\n", "variants:\n  baseline-alone: {student: camera, terms: {}}\n")
+    params = load_params(project.root / "params.yaml")
+    assert stage._student(params, "baseline-alone") is None
+    assert stage._student(params, "baseline-3") == ("baseline", 3)
+    assert stage._student(params, "baseline-alone-3") == ("baseline-alone", 3)
+    assert stage._student(params, "lidar") is None
 
 
 def test_two_stages_at_once(project: Project) -> None:
