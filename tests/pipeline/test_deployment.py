@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -53,10 +53,11 @@ class Served:
         shutil.copytree(ROOT / "studies", self.project.root / "studies")
         self.client = SyncPrefectClient(api)
 
-    def start(self, **parameters: Any) -> UUID:
+    def start(self, variables: dict[str, Any] | None = None, **parameters: Any) -> UUID:
         """Start a run of the deployment `local`, as a click on "Run" does."""
         there = self.client.read_deployment_by_name("pipeline/local")
-        return self.client.create_flow_run_from_deployment(there.id, parameters=parameters).id
+        run = self.client.create_flow_run_from_deployment(there.id, parameters=parameters, job_variables=variables)
+        return run.id
 
     def state(self, run: UUID) -> StateType | None:
         """The run's state, once it is a final one."""
@@ -190,6 +191,13 @@ def test_a_run_from_the_api_runs_in_the_workspace(workspace: Served) -> None:
     wait_until(lambda: "3 done" in workspace.log(run))  # logs are sent a little later
     assert "[beside] beside 3/12 of its work" in workspace.log(run)
     assert project.repro("left", "beside") == []  # what the flow did, DVC knows
+
+
+def test_a_run_can_work_in_another_workspace(served: Served, make_project: Callable[..., Project]) -> None:
+    other = diamond(make_project())
+    run = served.start(targets=["top"], variables={"working_dir": str(other.root)})
+    assert wait_until(lambda: served.state(run), SECONDS) == StateType.COMPLETED, served.log(run)
+    assert Trace(other).names("end") == ["top"]
 
 
 def test_a_failed_run_says_what_failed(workspace: Served) -> None:
