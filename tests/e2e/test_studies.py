@@ -27,12 +27,12 @@ def test_study_runs_all_its_rows(project: Project, study: str) -> None:
 
 
 def check_table(root: Path) -> None:
-    """Every variant has its line of metrics, with its row of the paper if it has one, and then its line of costs."""
+    """Every variant has its line of metrics, with its row of the paper if it has one, and behind it a line of costs."""
     params = load_params(root / "params.yaml")
     lines = (root / "reports/table.md").read_text().splitlines()
     for variant in params.study.variants:
-        line, cost, *_ = [line for line in lines if line.startswith((f"| {variant} |", f"| {variant} ("))]
+        line, *others = [line for line in lines if line.startswith((f"| {variant} |", f"| {variant} ("))]
         assert (params.variants[variant].row or "") in line
-        assert "×" in cost
+        assert any("×" in other for other in others)
         metrics = json.loads((root / f"reports/metrics/{variant}-0.json").read_text())
         assert f"| {metrics['mAP']:.3f}" in line
