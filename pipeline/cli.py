@@ -186,11 +186,11 @@ def _answers(url: str) -> bool:
 
 @track.command("init")
 def track_init() -> None:
-    """Make or migrate the tables of the local sqlite store (once; several processes may ask)."""
+    """Make or migrate the tables of a database, sqlite or PostgreSQL (once; several processes may ask)."""
     from pipeline.tracking import init_store
 
     prepare()
-    if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
+    if not (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("http"):
         init_store(uri)
 
 
@@ -201,6 +201,15 @@ def track_replay() -> None:
 
     sent, waiting = replay(prepare() / JOURNALS)
     print(f"{sent} runs are on the server whole, {waiting} wait")
+
+
+@track.command("study")
+def track_study() -> None:
+    """Bring the runs of `study` in MLflow up to date with what is published (docs/tracking.md)."""
+    from pipeline.params import load_params
+
+    root = prepare()
+    print(importlib.import_module("stages.report").track(root, load_params(root / "params.yaml")))
 
 
 @cache.command("plan")
@@ -253,12 +262,14 @@ def _cache(command: str, **options: Any) -> NoReturn:
 
 
 def _mlflow(command: str, port: int) -> list[str]:
+    """MLflow's server on the tracking database, which it gets by environment: a URI can hold a password."""
+    from pipeline.tracking import artifact_root
+
     store = os.environ["MLFLOW_TRACKING_URI"]
     if store.startswith("http"):
         raise PipelineError(f"MLFLOW_TRACKING_URI is {store}: its pages are there")
-    artifacts = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts"
-    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts.as_uri(), "--host", "127.0.0.1"]
-    return [sys.executable, "-m", "mlflow", command, *options, "--port", str(port)]
+    os.environ |= {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifact_root(store, Path.cwd())}
+    return [sys.executable, "-m", "mlflow", command, "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _replace_process(command: list[str]) -> NoReturn:

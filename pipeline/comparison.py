@@ -39,7 +39,7 @@ DIGITS = 6  # of the published metrics
 COSTS = ("parameters", "multiply_adds", "latency_ms")
 STAGES = {"evaluate": "distill", "evaluate_teacher": "teacher", "evaluate_fusion": "fusion", "evaluate_large": "large"}
 GRID = "images/"  # where MLflow's pages look for pictures of a kind, to show those of several runs side by side
-ACROSS = 512  # pixels, of the small copies that they show
+ACROSS = 960  # pixels, of the small copies that they show
 
 Settings = Mapping[str, Any]  # dotted name -> value
 
@@ -125,7 +125,7 @@ def gathered(params: Params, study: Study, made: Iterable[Member]) -> Member:
     arms = {arm.name: arm for arm in study.variants}
     means = {f"{metric}/{name}": arm.mean(metric) for name, arm in arms.items() for metric in GAINS}
     means |= {f"{metric}_gain/{name}": study.gain(arm, metric) for name, arm in arms.items() for metric in GAINS}
-    best, note = best_student(study), markdown(comparison(study), [])
+    best, note = best_student(study), markdown(comparison(study, brief=True), [])
     if best:
         note += f"\n`{sending.BEST}`: {best}, of the variant with the best mean NDS the seed with the median NDS.\n"
     name, text = f"study {params.study.name} ({params.profile})", {"tables/study.json": _json_table(*_means(study))}
@@ -158,7 +158,8 @@ def best_student(study: Study) -> str | None:
 def settings_of(params: Params, variant: str) -> dict[str, Any]:
     """All that makes a variant's student, under dotted names."""
     chosen, student = params.variants[variant], params.student(variant).model_dump(mode="json")
-    return {**flatten({**student, "truth": chosen.truth}), **flatten(chosen.terms, "terms.")}
+    settings = {**flatten({**student, "truth": chosen.truth}), **flatten(chosen.terms, "terms.")}
+    return {name: value for name, value in settings.items() if value != {}}
 
 
 def own_settings(params: Params) -> dict[str, dict[str, Any]]:
@@ -236,9 +237,11 @@ def _write(root: Path, member: Member, tags: Mapping[str, str]) -> None:
     for name, text in member.texts.items():
         recorder.log_text(text, name)
     for name, path in member.files.items():
-        recorder.log_file(path, name)
         if name.startswith(GRID):
-            recorder.log_made(f"{name.removesuffix(path.suffix)}+compressed.webp", functools.partial(_shrink, path))
+            recorder.log_made(f"{name}.webp", functools.partial(_convert, path, None))
+            recorder.log_made(f"{name}+compressed.webp", functools.partial(_convert, path, ACROSS))
+        else:
+            recorder.log_file(path, name)
     if member.fingerprint:
         recorder.log_operation("curves", {"fingerprint": member.fingerprint})
     if member.inputs:
@@ -408,17 +411,17 @@ def _pictures(folder: Path, count: int) -> Iterator[tuple[str, Path]]:
     for number, scene in enumerate(manifest["scenes"][:count]):
         for panel in ("bev", "cameras"):
             path = folder / scene["files"][panel]
-            name = f"{GRID}{number:02d} {panel}+step+0+timestamp+0+{uuid.uuid5(uuid.NAMESPACE_URL, panel)}"
-            yield f"{name}{path.suffix}", path
+            yield f"{GRID}{number:02d} {panel}+step+0+timestamp+0+{uuid.uuid5(uuid.NAMESPACE_URL, panel)}", path
 
 
-def _shrink(path: Path, small: Path) -> None:
-    """The copy that MLflow's pages show beside those of other runs."""
+def _convert(path: Path, across: int | None, made: Path) -> None:
+    """Write a picture as WebP, which MLflow's grid shows (a JPEG it does not), and at most so many pixels wide."""
     from PIL import Image
 
     with Image.open(path) as picture:
-        picture.thumbnail((ACROSS, ACROSS))
-        picture.convert("RGB").save(small, "WEBP", quality=80)
+        if across:
+            picture.thumbnail((across, across))
+        picture.convert("RGB").save(made, "WEBP", quality=80)
 
 
 def _read(path: Path) -> Any:

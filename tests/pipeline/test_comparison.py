@@ -157,10 +157,12 @@ def test_what_a_model_was_made_from_and_looks_like(root: Path, store: MlflowClie
     }
     assert artifacts(store, row, "tables") == ["classes.json", "confusion.json", "errors.json"]
     assert artifacts(store, row, "figures") == ["curves.png"]
-    assert len(artifacts(store, row, "images")) == 4
-    small = next(item.path for item in store.list_artifacts(row.info.run_id, "images") if item.path.endswith(".webp"))
-    with Image.open(store.download_artifacts(row.info.run_id, small)) as picture:
-        assert picture.size == (512, 256)
+    sizes = {}
+    for name in artifacts(store, row, "images"):
+        with Image.open(store.download_artifacts(row.info.run_id, f"images/{name}")) as picture:
+            sizes[name.split("+")[0], name.endswith("+compressed.webp")] = picture.size
+    assert sizes == {(f"00 {panel}", small): (960, 480) if small else (1200, 600)
+                     for panel in ("bev", "cameras") for small in (True, False)}
     table = json.loads(Path(store.download_artifacts(row.info.run_id, "tables/confusion.json")).read_text())
     assert table == {"columns": ["truth", "car", "missed"], "data": [["car", 3, 4], ["nothing", 6, 0]]}
     recipe = yaml.safe_load(Path(store.download_artifacts(row.info.run_id, "recipe.yaml")).read_text())
@@ -207,6 +209,8 @@ def test_changed_results_take_the_places_of_others(root: Path, store: MlflowClie
     parents = {run.data.tags["mlflow.parentRunId"] for name, run in second.items() if "study" not in name}
     assert parents == {second["study small (demo)"].info.run_id}
     assert store.get_model_version_by_alias("small-demo", "best").tags["key"] == "baseline-0"
+    versions = [v.run_id for v in store.search_model_versions("name = 'small-demo'") if v.tags["key"] == "xod-0"]
+    assert {*versions} == {replaced["xod-0"].info.run_id, second["xod-0"].info.run_id}
 
     publish(root, "xod-0", 0.36)  # as before
     assert "0 of them new or changed" in track(root)
