@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,13 +34,11 @@ POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]), No
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """URI of an empty database of a PostgreSQL of its own, on a free port."""
     if POSTGRES is None or shutil.which("setpriv") is None:
         pytest.skip("PostgreSQL is absent: no /usr/lib/postgresql/*/bin, or no setpriv")
-    folder = tmp_path_factory.mktemp("postgres")
-    for path in (folder, *folder.parents[:2]):
-        path.chmod(0o755)  # pytest's own folders are closed to other users
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # the folders of pytest's tmp_path are closed to other users
     data, port, own = folder / "data", free_port(), ["setpriv", "--pdeathsig=INT"]  # ends with this process
     if os.getuid() == 0:  # it does not run as root
         shutil.chown(folder, "postgres", "postgres")
@@ -54,6 +53,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"postgresql+psycopg2://tracker:secret@127.0.0.1:{port}/postgres"
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0
+    shutil.rmtree(folder)
 
 
 def write_at_once(root: Path, uri: str) -> None:
