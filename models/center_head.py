@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.detector import Detections
 from models.grid import Grid
-from models.processes import across_processes
+from models.processes import across_processes, divisor
 from models.targets import TargetEncoder, Targets
 
 REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
@@ -182,8 +182,7 @@ class GridCenterHead(CenterHead):
         peaks = (targets.heatmap == 1).sum((0, 2, 3))
         task_of_class = torch.tensor(self.targets.task_of_class, device=heat.device)
         task_peaks = torch.zeros(len(head), device=heat.device).index_add(0, task_of_class, peaks.float())
-        task_peaks, processes = across_processes(task_peaks)
-        loss_heatmap = (cells / (task_peaks.clamp(min=1) / processes)[task_of_class]).sum()
+        loss_heatmap = (cells / divisor(task_peaks)[task_of_class]).sum()
 
         maps = torch.stack([torch.cat([task[name] for name in REGRESSION], dim=1) for task in head], dim=1)
         # mmdet3d multiplies by a zero weight instead, and NaN velocities become NaN losses.

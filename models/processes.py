@@ -18,3 +18,12 @@ def across_processes(count: Tensor) -> tuple[Tensor, int]:
     total = count.clone()
     dist.all_reduce(total)
     return total, dist.get_world_size()
+
+
+def divisor(count: Tensor) -> Tensor:
+    """What each process divides its sum by for a mean over a count [...] of all processes, taken as 1 at least.
+
+    See :func:`across_processes`.
+    """
+    total, processes = across_processes(count)
+    return total.clamp(min=1) / processes

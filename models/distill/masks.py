@@ -1,4 +1,7 @@
-"""Masks of dense terms: weights [B, 1, H, W] of the cells, by which a term sums its distances."""
+"""Masks of dense terms: weights [B, 1, H, W] of the cells, by which a term sums its distances.
+
+Counts of cells are those of all processes, see :mod:`models.processes`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from models.detector import Batch
 from models.distill.adapters import resized
 from models.distill.terms import MaskConfig
+from models.processes import divisor
 from models.targets import TargetEncoder, flatten_boxes
 
 CLIP = 20.0
@@ -33,7 +37,7 @@ class MaskInput(NamedTuple):
 
 def mean_over(cells: Tensor) -> Tensor:
     """Weights that make a mean over the cells that are set; zero without any."""
-    return cells / cells.sum().clamp(min=1)
+    return cells / divisor(cells.sum())
 
 
 def everywhere(given: MaskInput) -> Tensor:
@@ -68,7 +72,7 @@ def gt_gauss(given: MaskInput) -> Tensor:
     weight = resized(true_heat(given).sum(1, keepdim=True), grid_of(given.teacher))
     if given.config.clip is not None:
         weight = weight.clamp(max=given.config.clip)
-    return weight**2 * given.valid / given.valid.sum().clamp(min=1)
+    return weight**2 * given.valid / divisor(given.valid.sum())
 
 
 def by_sample(weight: Tensor) -> Tensor:

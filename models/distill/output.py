@@ -20,6 +20,7 @@ from models.distill.features import check_tasks, valid_cells
 from models.distill.masks import PILLARS, MaskInput, mean_over
 from models.distill.term import Outcome, Term
 from models.distill.terms import TermConfig
+from models.processes import divisor
 from models.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
 
 POSITIVE = 0.1
@@ -92,7 +93,7 @@ class BoxTerm(OutputTerm):
         peak = torch.zeros_like(heat, dtype=torch.bool).flatten(2)
         peak[sample, labels, cell] = True
         loss = self.classification(_heatmaps(student.head), heat, peak.view_as(heat))
-        return Outcome(loss.sum() / max(len(boxes), 1))
+        return Outcome(loss.sum() / divisor(torch.ones_like(score).sum()))
 
     def _regression(self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor,
                     score: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class BoxTerm(OutputTerm):
         predicted = _codes(student.head).flatten(3)[sample, task, :, cell]
         distance = self.code_distance(predicted, code.nan_to_num(0.0)) * ~code.isnan()
         weight = self.weights(score)
-        return (distance.sum(1) * weight).sum() / weight.sum().clamp(min=1)
+        return (distance.sum(1) * weight).sum() / divisor(weight.sum())
 
 
 class HeadTerm(OutputTerm):
@@ -172,10 +173,10 @@ class HeadTerm(OutputTerm):
         """The loss where the teacher is sure: of scores [B, C, H, W] that are 0 where it is not."""
         if self.config.distance in ELEMENTWISE:
             weight = self.weights(self._best_of_tasks(score))
-            return (self._code_distances(student, head).sum(-1) * weight).sum() / weight.sum().clamp(min=1)
+            return (self._code_distances(student, head).sum(-1) * weight).sum() / divisor(weight.sum())
         peak = (score > 0) & (score == F.max_pool2d(score, 3, stride=1, padding=1))
         loss = self.classification(_heatmaps(student.head), score, peak) * valid
-        return loss.sum() / peak.sum().clamp(min=1)
+        return loss.sum() / divisor(peak.sum())
 
     def _best_of_tasks(self, score: Tensor) -> Tensor:
         """Best score [B, T, H, W] of each task, of scores [B, C, H, W]."""
@@ -189,7 +190,7 @@ class HeadTerm(OutputTerm):
         """Quality focal loss over all cells, of each task by how many of them the teacher takes for an object's."""
         loss = self._by_task((quality_focal(_heatmaps(student.head), score) * valid).sum((0, 2, 3)))
         positive = self._by_task(((score > POSITIVE) & valid).sum((0, 2, 3)).float())
-        return (loss / positive.clamp(min=1)).sum()
+        return (loss / divisor(positive)).sum()
 
     def _by_task(self, values: Tensor) -> Tensor:
         """Sums [T] of values [C] by class."""
@@ -203,7 +204,7 @@ class HeadTerm(OutputTerm):
         counts = F.one_hot(task, len(head)) * valid[sample, 0, row, column].unsqueeze(1)  # [M, T]
         ours, theirs = (_codes(maps)[sample, task, :, row, column] for maps in (student.head, head))
         distance = (self.code_distance(ours, theirs).sum(1, keepdim=True) * counts).sum(0)
-        return (distance / counts.sum(0).clamp(min=1)).sum()
+        return (distance / divisor(counts.sum(0))).sum()
 
 
 def on_grid(targets: TargetEncoder, boxes: Sequence[Tensor],
