@@ -30,7 +30,7 @@ from pipeline.params import Params, flatten
 from pipeline.report.results import ERRORS, HEADLINES, UNITS, Arm, Study
 from pipeline.report.statistics import Interval
 from pipeline.report.tables import comparison, markdown
-from pipeline.tracking import JOURNALS, LATER, Recorder, experiment_id, git_tags, open_store, replay, scores
+from pipeline.tracking import BY_FLOW, JOURNALS, LATER, Recorder, experiment_id, git_tags, open_store, replay, scores
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def track(root: Path, params: Params, study: Study, teachers: Mapping[str, Itera
     made = members(root, params, study, teachers)
     whole = gathered(params, study, made)
     with FileLock(root / JOURNALS / "study.lock", mode=0o666):
-        away = bool(os.environ.get(LATER))
+        away = os.environ.get(LATER, "") not in ("", BY_FLOW)
         known: set[str] = set()
         if not away:
             try:

@@ -346,7 +346,7 @@ def _ends_with_exit() -> Iterator[None]:
 def _tracked(this: Run) -> Iterator[None]:
     """While inside, a run in MLflow is the parent of the stages' runs."""
     from pipeline.params import read_yaml
-    from pipeline.tracking import PARENT, MlflowTracker, git_tags, run_link
+    from pipeline.tracking import BY_FLOW, LATER, PARENT, MlflowTracker, git_tags, run_link
 
     params = this.root / "params.yaml"
     tags = {
@@ -354,15 +354,15 @@ def _tracked(this: Run) -> Iterator[None]:
         "profile": read_yaml(params).get("profile") if params.exists() else None,
         "stages": " ".join(name for name, step in this.plan.items() if step.reasons)[:4000],
     }
-    tracker = MlflowTracker("flow", this.root, tags | git_tags(this.root))
-    this.environment[PARENT] = tracker.id
+    tracker = MlflowTracker("flow", this.root, tags | git_tags(this.root), for_others=True)
+    this.environment |= {PARENT: tracker.id, LATER: os.environ.get(LATER) or BY_FLOW}
     state = "FAILED"
     try:
         yield
         state = "FINISHED"
     finally:
         this.link = run_link(tracker.run_id)  # before it is closed, when what is known of the run is dropped
-        tracker.close("KILLED" if this.children.stopped else state, 5.0)
+        tracker.close("KILLED" if this.children.stopped else state, 5.0 if this.children.stopped else 60.0)
 
 
 class _Progress:

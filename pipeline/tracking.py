@@ -4,6 +4,9 @@ A tracking server that is away, slow or locked stops nothing and loses nothing: 
 (`logs/tracking/<id>.jsonl`, beside it a cursor of what was), and goes out when the next stage starts or with
 `python -m pipeline track replay`. Sending twice changes nothing: a run is found again by its journal's id, and MLflow
 keeps one of equal (metric, step, time, value) records.
+
+A flow sends for all its stages: importing MLflow and sending costs a stage two seconds of CPU, and one writer waits for
+no lock of the database.
 """
 
 from __future__ import annotations
@@ -40,9 +43,10 @@ logger = logging.getLogger(__name__)
 JOURNALS = Path("logs") / "tracking"
 PARENT = "PIPELINE_PARENT_RUN"  # environment: the journal id of the flow's run
 LATER = "PIPELINE_TRACK_LATER"  # environment: set where no server can be reached; only the journal is written
+BY_FLOW = "flow"  # value of LATER in the stages of a flow: its process sends what they write
 SQLITE = "sqlite:///"
 SEND_SECONDS = 2.0
-SAMPLE_SECONDS = 10.0
+SAMPLE_SECONDS = 20.0
 _SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key", re.IGNORECASE)
 BATCH = {"metrics": 900, "params": 90, "tags": 90}  # MLflow's limits per request are 1000, 100 and 100
 
@@ -195,15 +199,26 @@ class MlflowTracker(Recorder):
     """A run that is sent while it is written: owns the thread that does so and samples the machine."""
 
     def __init__(
-        self, name: str, root: Path, tags: Mapping[str, Any], parent: str | None = None, resume: str | None = None
+        self,
+        name: str,
+        root: Path,
+        tags: Mapping[str, Any],
+        parent: str | None = None,
+        resume: str | None = None,
+        *,
+        for_others: bool = False,
     ) -> None:
-        """Open the journal `resume` of an unfinished run if it is still there, else a new one."""
+        """Open the journal `resume` of an unfinished run if it is still there, else a new one.
+
+        `for_others`: send what other processes write beside it, too.
+        """
         known = resume is not None and (root / JOURNALS / f"{resume}.jsonl").exists()
         identity = resume if known and resume else f"{datetime.now():%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
         super().__init__(name, root, tags, identity, parent)
+        self._for_others = for_others
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        if not os.environ.get(LATER):
+        if os.environ.get(LATER, "") in ("", BY_FLOW):
             # Here, because SQLAlchemy breaks when two threads import it at once, and Prefect does so in the flow's.
             import sqlalchemy.orm  # noqa: F401
 
@@ -217,13 +232,6 @@ class MlflowTracker(Recorder):
             self._thread.join(seconds)
         self._release()
 
-    def wait_for_run(self, seconds: float) -> bool:
-        """Wait until the server has the run, so that children can name it as their parent."""
-        deadline = time.monotonic() + seconds
-        while self.run_id is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return self.run_id is not None
-
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None while the server does not know it."""
@@ -236,12 +244,9 @@ class MlflowTracker(Recorder):
         while True:
             last = self._closing.wait(delay)
             try:
-                sent = self._journal.send()
+                if os.environ.get(LATER) != BY_FLOW:
+                    self._send(last=last)
                 delay, warned = SEND_SECONDS, False
-                if last and sent:
-                    if self._journal.finished():
-                        self._journal.discard()
-                    replay(self._journal.path.parent)
             except Exception as error:
                 delay = min(delay * 2, 60.0)
                 if not warned:
@@ -255,6 +260,16 @@ class MlflowTracker(Recorder):
                 machine = _monitors() if machine is None else machine
                 self.log_metrics(_sample(machine), samples)
                 sampled, samples = time.monotonic(), samples + 1
+
+    def _send(self, *, last: bool) -> None:
+        """Send what is new; when it is the last time, what others left as well. Raises what MLflow raises."""
+        folder, sent = self._journal.path.parent, self._journal.send()
+        if last and sent:
+            if self._journal.finished():
+                self._journal.discard()
+            replay(folder)
+        elif self._for_others:
+            replay(folder, living=True)
 
 
 class Journal:
@@ -286,6 +301,12 @@ class Journal:
 
         Returns False when the run's parent is not on the server yet. Raises what MLflow raises when the server is away.
         """
+        with FileLock(self.path.with_suffix(".lock"), mode=0o666):  # two senders at once would make two runs
+            return self._send(dead)
+
+    def _send(self, dead: bool) -> bool:
+        if not self.path.exists():  # another process has sent it whole
+            return True
         cursor = self.cursor()
         pending = list(self._records(cursor["offset"]))
         if not pending and (not dead or cursor["ended"]):
@@ -322,7 +343,7 @@ class Journal:
 
     def discard(self) -> None:
         """Remove a journal whose run has finished and was sent whole."""
-        for path in (self.path, self._cursor):
+        for path in (self.path, self._cursor, self.path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.files, ignore_errors=True)
 
@@ -366,22 +387,29 @@ class Journal:
         draft.replace(self._cursor)
 
 
-def replay(folder: Path) -> tuple[int, int]:
-    """Send every journal without a living writer, oldest first; returns how many were sent whole, and how many wait."""
+def replay(folder: Path, *, living: bool = False) -> tuple[int, int]:
+    """Send every journal without a living writer, oldest first; returns how many were sent whole, and how many wait.
+
+    `living`: also send what the others have written so far, and say nothing of failures, as there is a next time.
+    """
     sent = waiting = 0
     for path in sorted(folder.glob("*.jsonl")):
-        with path.open("rb") as file:
+        with suppress(FileNotFoundError), path.open("rb") as file:  # gone: another process has sent it whole
+            dead = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue
+                dead = False
+                if not living:
+                    continue
             try:
-                whole = Journal(path).send(dead=True)
+                whole = Journal(path).send(dead)
             except Exception as error:
-                logger.warning("tracking: %s cannot be sent now: %s", path.name, _short(error))
+                level = logging.DEBUG if living else logging.WARNING
+                logger.log(level, "tracking: %s cannot be sent now: %s", path.name, _short(error))
                 whole = False
             sent, waiting = sent + whole, waiting + (not whole)
-            if whole and Journal(path).finished():
+            if whole and dead and Journal(path).finished():
                 Journal(path).discard()
         if waiting >= 3 and not sent:  # the server is away
             break

@@ -8,7 +8,8 @@ from typing import Final
 
 import xxhash
 
-from data.store import Encoding, StoreIdentity, hash_files
+from data.hashing import MissingFileError, hash_files
+from data.store import Encoding, StoreError, StoreIdentity
 from pipeline.params import EXACT_TAPS, Params, StoreParams, TapParams
 from stages.inputs import INDEX
 
@@ -35,7 +36,11 @@ CODE: Final = (
 
 
 def store_identity(root: Path, params: Params, store: str, weights: str | None = None) -> StoreIdentity:
-    """The identity that a store must have now; `weights` stands in for a teacher that is not here."""
+    """The identity that a store must have now; `weights` stands in for a teacher that is not here.
+
+    Raises:
+        StoreError: something that it depends on is missing.
+    """
     settings = params.stores[store]
     described = {
         "split": params.data.splits.train,
@@ -51,13 +56,16 @@ def store_identity(root: Path, params: Params, store: str, weights: str | None =
             "calibration_samples": params.store.calibration_samples,
         }
     sources = [*(root / "models").glob("*.py"), *(root / "data/store").glob("*.py")]
-    return StoreIdentity(
-        weights=weights or hash_files(root, [f"outputs/teachers/{settings.teacher}"]),
-        preprocessing=xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()),
-        index=hash_files(root, [INDEX]),
-        code=hash_files(root, [*CODE, *(str(path.relative_to(root)) for path in sources)]),
-        encoding=describe(settings),
-    )
+    try:
+        return StoreIdentity(
+            weights=weights or hash_files(root, [f"outputs/teachers/{settings.teacher}"]),
+            preprocessing=xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()),
+            index=hash_files(root, [INDEX]),
+            code=hash_files(root, [*CODE, *(str(path.relative_to(root)) for path in sources)]),
+            encoding=describe(settings),
+        )
+    except MissingFileError as error:
+        raise StoreError(f"{error}; a store's identity depends on it") from error
 
 
 def describe(store: StoreParams) -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.store import StoreError, hash_files
+from data.hashing import MissingFileError, hash_files
 from pipeline.params import Params
 from pipeline.stage import StageContext, StageError
 
@@ -20,7 +20,7 @@ def run(context: StageContext) -> None:
     """Publish outputs/needs/<variant>.json."""
     try:
         content = needs(context.root, context.params, context.key or "")
-    except StoreError as error:
+    except MissingFileError as error:
         raise StageError(str(error)) from error
     made = context.scratch / "needs.json"
     made.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -31,7 +31,7 @@ def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
     """The student, the stores that its terms read, and hashes of the weights and stores behind them.
 
     Raises:
-        StoreError: naming a teacher whose weights are not there.
+        MissingFileError: naming a teacher whose weights are not there.
     """
     student = params.student(variant)
     names = sorted({term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()})

@@ -2,7 +2,7 @@
 
 from data.store.encoding import Calibration, Encoded, Encoding
 from data.store.errors import DamagedShardError, StaleStoreError, StoreError
-from data.store.layout import CalibrationFile, StoreIdentity, hash_files, read_calibration
+from data.store.layout import CalibrationFile, StoreIdentity, read_calibration
 from data.store.reader import Store, find_damage
 from data.store.taps import TapSpec
 from data.store.writer import Plan, StoreWriter, mean_bytes, plan
@@ -21,7 +21,6 @@ __all__ = [
     "StoreWriter",
     "TapSpec",
     "find_damage",
-    "hash_files",
     "mean_bytes",
     "plan",
     "read_calibration",

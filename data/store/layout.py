@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,23 +218,3 @@ def read_contents(path: Path) -> tuple[Contents, str]:
         return contents, digest.hex()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise DamagedShardError(f"shard {path} is damaged: {error}") from error
-
-
-def hash_files(root: Path, paths: Iterable[str]) -> str:
-    """xxh3-128 of names and bytes of files, or of all files in folders, named relative to `root`.
-
-    Raises:
-        StoreError: naming a path that does not exist.
-    """
-    state = xxhash.xxh3_128()
-    for name in sorted(paths):
-        top = root / name
-        if not top.exists():
-            raise StoreError(f"{top} does not exist, and a store's identity depends on it: run the stage that makes it")
-        files = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file() and p.suffix != ".pyc")
-        for path in files:
-            state.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    state.update(block)
-    return state.hexdigest()

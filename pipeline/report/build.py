@@ -21,7 +21,7 @@ from pipeline.report.fusions import fusions as fusions_of
 from pipeline.report.pictures import gallery
 from pipeline.report.recipes import profile_note, recipes
 from pipeline.report.results import ERRORS, UNITS, Arm, Study, load_study, read_published
-from pipeline.report.scenes import extremes, scene_gains
+from pipeline.report.scenes import extremes, scene_gains, scenes_of
 from pipeline.report.search import METRICS, rounded, summary
 from pipeline.report.search import search as read_search
 from pipeline.report.segmenters import METRICS as SEGMENTER_METRICS
@@ -122,7 +122,7 @@ def build(
         probability=probability,
         film=read_film(film, study),
         extremes=extremes(scene_gains(study, best)) if best else None,
-        scene_count=len(study.baseline.first["scenes"]),
+        scene_count=len(scenes_of(study.baseline)),
         gains=[(metric, gains(study, costs, metric)) for metric in METRICS],
         notes=lines,
         units=UNITS,

@@ -27,7 +27,6 @@ from data.store import (
     StoreWriter,
     TapSpec,
     find_damage,
-    hash_files,
     mean_bytes,
     plan,
     read_calibration,
@@ -393,15 +392,3 @@ def test_another_calibration_makes_new_shards(folder: Path, tmp_path: Path) -> N
     build(tmp_path / "alone", calibration=other)
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (folder / path.name).read_bytes()
-
-
-def test_hash_of_files(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/x.py").write_text("1")
-    (tmp_path / "b.py").write_text("2")
-    first = hash_files(tmp_path, ["a", "b.py"])
-    assert first == hash_files(tmp_path, ["b.py", "a"])
-    (tmp_path / "a/x.py").rename(tmp_path / "a/y.py")
-    assert first != hash_files(tmp_path, ["a", "b.py"])
-    with pytest.raises(StoreError, match=r"c\.py does not exist"):
-        hash_files(tmp_path, ["c.py"])

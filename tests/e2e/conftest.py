@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,6 +63,15 @@ class Project:
     def metrics(self) -> dict[str, str]:
         """The metrics files of the study, by name."""
         return {path.name: path.read_text() for path in sorted((self.root / "reports/metrics").glob("*.json"))}
+
+
+def set_study(params: Path, changes: Mapping[str, Any]) -> None:
+    """Set entries of `study` in params.yaml, each a line of its own there."""
+    text = params.read_text()
+    for key, value in changes.items():
+        text, count = re.subn(rf"(?m)^  {key}: (\[|null).*$", f"  {key}: {json.dumps(value)}", text)
+        assert count == 1, key
+    params.write_text(text)
 
 
 def is_stage(process: psutil.Process, stage: str) -> bool:

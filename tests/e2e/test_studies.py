@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,19 +12,33 @@ import pytest
 from pipeline.params import load_params
 from tests.e2e.conftest import Project
 
-# The largest on one process of the suite, the others on another.
-STUDIES = {"x3kd": "studies", "simdistill": "studies", "structured": "structured", "combined": "studies"}
+
+@pytest.mark.timeout(2400)
+@pytest.mark.xdist_group("structured")  # the largest on one process of the suite, the others on another
+def test_structured_runs_all_its_rows(project: Project) -> None:
+    run_study(project, "structured")
 
 
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "study", [pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in STUDIES.items()]
-)
-def test_study_runs_all_its_rows(project: Project, study: str) -> None:
-    """Every variant is trained, scored and in the table."""
-    project.run(sys.executable, "-m", "pipeline", "study", study, "--profile", "smoke")
-    project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
+@pytest.mark.xdist_group("studies")
+def test_studies_run_all_their_rows_and_share_the_rest(project: Project) -> None:
+    """One after the other in a workspace: what an earlier study has made is not made again."""
+    first, *others = (run_study(project, name) for name in ("x3kd", "simdistill", "combined"))
+    common = {"generate@city", "prepare", "teacher@lidar", "evaluate_teacher@lidar"}
+    assert common <= first
+    assert all(common.isdisjoint(stages) for stages in others)
+
+
+def run_study(project: Project, name: str) -> set[str]:
+    """Lay a study over params.yaml and run it; every variant is trained, scored and in the table.
+
+    Returns:
+        The stages that DVC ran.
+    """
+    project.run(sys.executable, "-m", "pipeline", "study", name, "--profile", "smoke")
+    output = project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2").stdout
     check_table(project.root)
+    return set(re.findall(r"Running stage '(.*)'", output))
 
 
 def check_table(root: Path) -> None:

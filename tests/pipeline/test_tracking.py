@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
-from pipeline.tracking import JOURNALS, Journal, MlflowTracker, replay
+from pipeline.tracking import JOURNALS, Journal, MlflowTracker, open_store, replay
 from tests.pipeline.project import ROOT, Project, wait_until
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -45,6 +46,11 @@ def runs(client: MlflowClient) -> dict[str, Any]:
 
 def curve(client: MlflowClient, run: Any, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+def values_of(client: MlflowClient, name: str) -> dict[str, float] | None:
+    found = runs(client)
+    return found[name].data.metrics if name in found else None
 
 
 def journals(root: Path) -> list[Path]:
@@ -174,6 +180,47 @@ def test_children_find_their_parent(store: MlflowClient, tmp_path: Path, monkeyp
     found = runs(store)
     assert found["stage"].data.tags["mlflow.parentRunId"] == found["flow"].info.run_id
     assert "mlflow.parentRunId" not in found["orphan"].data.tags
+
+
+def test_a_flow_sends_for_its_stages(store: MlflowClient, tmp_path: Path) -> None:
+    """While they run and when they have ended, without their help; a damaged journal stands in no one's way."""
+    (tmp_path / JOURNALS).mkdir(parents=True)
+    (tmp_path / JOURNALS / "19990101-damaged.jsonl").write_text("torn")
+    flow = MlflowTracker("flow", tmp_path, {}, for_others=True)
+    script = (
+        "import sys, time; from pathlib import Path; from pipeline.tracking import MlflowTracker\n"
+        f"tracker = MlflowTracker('stage', Path({str(tmp_path)!r}), {{}}, {flow.id!r})\n"
+        "tracker.log_metrics({'m': 1.0}, 0); input(); tracker.log_metrics({'m': 2.0}, 1); input(); tracker.close()\n"
+        "print([name for name in sys.modules if name == 'mlflow'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), tracking.LATER: tracking.BY_FLOW}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as stage:
+        assert stage.stdin is not None
+        assert stage.stdout is not None
+        for step in (0, 1):
+            wait_until(lambda metrics={"m": step + 1.0}: values_of(store, "stage") == metrics)
+            assert runs(store)["stage"].info.status == "RUNNING"
+            print(file=stage.stdin, flush=True)
+        assert stage.stdout.read() == "[]\n"
+    flow.close()
+    found = runs(store)
+    assert {name: run.info.status for name, run in found.items()} == {"flow": "FINISHED", "stage": "FINISHED"}
+    assert found["stage"].data.tags["mlflow.parentRunId"] == found["flow"].info.run_id
+    assert [path.name for path in journals(tmp_path)] == ["19990101-damaged.jsonl"]
+
+
+def test_two_senders_make_one_run(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tracking.LATER, "1")
+    tracker = MlflowTracker("one", tmp_path, {})
+    for step in range(50):
+        tracker.log_metrics({"m": step}, step)
+    tracker.close()
+    open_store(tmp_path)  # imports are for one thread
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: Journal(journals(tmp_path)[0]).send(), range(4)))
+    assert len(store.search_runs([runs(store)["one"].info.experiment_id])) == 1
 
 
 def test_a_damaged_journal_blocks_no_other(

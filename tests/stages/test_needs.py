@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from data.store import StoreError
+from data.hashing import MissingFileError
 from pipeline.params import Params
 from stages.needs import needs
 from tests.pipeline.project import params_text
@@ -84,5 +84,5 @@ def test_it_changes_with_the_values_that_are_used(root: Path, changes: dict[str,
 def test_missing_weights_are_named(root: Path) -> None:
     (root / FILES[1]).unlink()
     (root / FILES[1]).parent.rmdir()
-    with pytest.raises(StoreError, match=r"outputs/teachers/start does not exist"):
+    with pytest.raises(MissingFileError, match=r"outputs/teachers/start does not exist"):
         needs(root, params(), "baseline")

@@ -450,12 +450,13 @@ def test_scenes_are_sorted_by_what_the_best_variant_gains(tmp_path: Path) -> Non
     assert "Where xfd gains and loses" in report.html
 
 
-def test_metrics_without_scenes_are_named(tmp_path: Path) -> None:
-    path = make_study(tmp_path, [0, 1]) / "metrics/xfd-1.json"
+@pytest.mark.parametrize("key", ["xfd-1", "baseline-0"])
+def test_metrics_without_scenes_are_named(tmp_path: Path, key: str) -> None:
+    path = make_study(tmp_path, [0, 1]) / f"metrics/{key}.json"
     content = json.loads(path.read_text())
     del content["scenes"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ReportError, match=r"metrics of xfd-1 lack scenes.*run `dvc repro evaluate@xfd-1`"):
+    with pytest.raises(ReportError, match=rf"metrics of {key} lack scenes.*run `dvc repro evaluate@{key}`"):
         make_report(tmp_path, [0, 1])
 
 
