@@ -270,6 +270,10 @@ def test_the_stage_publishes_equal_bytes_twice(project: Path, params: Params, na
     assert str(project) not in runs[0][1].decode()
     (scene,) = json.loads((folder / "pictures.json").read_text())["scenes"]
     assert all((folder / file).exists() for file in scene["files"].values())
+    confusion = json.loads((folder / "confusion.json").read_text())
+    truth = dict(zip(confusion["truth"], np.sum(confusion["counts"], axis=1).tolist(), strict=True))
+    del truth["nothing"]
+    assert truth == {label: values["truth"] for label, values in content["classes"].items()}
 
 
 def test_a_student_is_given_images_only(project: Path, params: Params) -> None:
