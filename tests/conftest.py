@@ -1,10 +1,13 @@
-"""Shared fixtures: the real keyframes, one thread per test process."""
+"""Shared fixtures: the real keyframes, one thread per test process, Ctrl-C for all."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
+# Tests end what they start with Ctrl-C's signal, which the children of a background job (`make test &`) would ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
