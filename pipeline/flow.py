@@ -248,10 +248,13 @@ def _reproduce(this: Run, name: str) -> Result:
 
 
 def _run_child(this: Run, name: str, arguments: list[str]) -> tuple[int, str]:
-    """Run `dvc ARGUMENTS` to its end or its timeout, passing its lines on; returns its exit code and its last lines."""
+    """Run `dvc ARGUMENTS` to its end or its timeout, passing its lines on; returns its exit code and its last lines.
+
+    See pipeline.lockfile.
+    """
     # Far away the scheduler keeps the time: here it would run while the stage waits in a queue.
     hours = this.plan[name].node.meta.get("timeout_h") if launchers.chosen() not in launchers.FAR else None
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    command = [sys.executable, "-m", "pipeline.lockfile", "--wait-for-lock", *arguments]
     child = this.children.start(
         command,
         _environment(this, name),

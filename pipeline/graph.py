@@ -1,4 +1,4 @@
-"""DVC's graph, status and hashes. The only module that imports DVC's internals (`dvc.repo` is not a documented API)."""
+"""DVC's graph, status and hashes. With `lockfile` the only module that imports what DVC does not document."""
 
 from __future__ import annotations
 
