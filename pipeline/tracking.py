@@ -279,6 +279,7 @@ class Journal:
         self.path = path
         self.files = path.with_suffix(".files")
         self._cursor = path.with_suffix(".cursor")
+        self._lock = path.with_suffix(".lock")
         self._root = path.parent.parent.parent
 
     def cursor(self) -> dict[str, Any]:
@@ -301,11 +302,12 @@ class Journal:
 
         Returns False when the run's parent is not on the server yet. Raises what MLflow raises when the server is away.
         """
-        with FileLock(self.path.with_suffix(".lock"), mode=0o666):  # two senders at once would make two runs
+        with FileLock(self._lock, mode=0o666):  # two senders at once would make two runs
             return self._send(dead)
 
     def _send(self, dead: bool) -> bool:
         if not self.path.exists():  # another process has sent it whole
+            self._lock.unlink(missing_ok=True)
             return True
         cursor = self.cursor()
         pending = list(self._records(cursor["offset"]))
@@ -343,7 +345,7 @@ class Journal:
 
     def discard(self) -> None:
         """Remove a journal whose run has finished and was sent whole."""
-        for path in (self.path, self._cursor, self.path.with_suffix(".lock")):
+        for path in (self.path, self._cursor, self._lock):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.files, ignore_errors=True)
 
