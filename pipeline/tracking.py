@@ -397,13 +397,9 @@ def replay(folder: Path, *, living: bool = False) -> tuple[int, int]:
     sent = waiting = 0
     for path in sorted(folder.glob("*.jsonl")):
         with suppress(FileNotFoundError), path.open("rb") as file:  # gone: another process has sent it whole
-            dead = True
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                dead = False
-                if not living:
-                    continue
+            dead = _claim(file.fileno())
+            if not (dead or living):
+                continue
             try:
                 whole = Journal(path).send(dead)
             except Exception as error:
@@ -416,6 +412,15 @@ def replay(folder: Path, *, living: bool = False) -> tuple[int, int]:
         if waiting >= 3 and not sent:  # the server is away
             break
     return sent, waiting
+
+
+def _claim(handle: int) -> bool:
+    """Lock an open journal; False where it has a living writer, which holds the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def init_store(uri: str) -> None:

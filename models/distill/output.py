@@ -93,7 +93,7 @@ class BoxTerm(OutputTerm):
         peak = torch.zeros_like(heat, dtype=torch.bool).flatten(2)
         peak[sample, labels, cell] = True
         loss = self.classification(_heatmaps(student.head), heat, peak.view_as(heat))
-        return Outcome(loss.sum() / divisor(torch.ones_like(score).sum()))
+        return Outcome(loss.sum() / divisor(score.new_tensor(len(score))))
 
     def _regression(self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor,
                     score: Tensor) -> Tensor:
