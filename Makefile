@@ -1,12 +1,15 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
 # make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke WORKTREE=../x3kd (docs/studies.md)
-# make test   lint and the test suite
+# make test   lint, types and the test suite; DURATIONS=1 lists what took longest
+# make test-all  make test, and what it leaves out: whole studies, twins of the paper-scale profiles
 # make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
 # make ui     MLflow on http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint bench ui up clean
+.PHONY: help setup demo study test test-all lint bench ui up clean
 SHELL := /bin/bash
+# Every stage is a process of its own: without bytecode each would compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
 PY     := .venv/bin/python
@@ -39,8 +42,12 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 
+SUITE := .venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup $(if $(DURATIONS),--durations 30)
 test: lint
-	@.venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup
+	@$(SUITE) -m "not whole"
+
+test-all: lint
+	@$(SUITE)
 
 BENCH := outputs/benchmarks
 bench: setup     ## the tables of docs/benchmarks.md; numbers and pictures go to outputs/benchmarks

@@ -8,13 +8,22 @@ from pathlib import Path
 
 # Tests end what they start with Ctrl-C's signal, which the children of a background job (`make test &`) would ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start would compile all modules anew
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import pytest  # noqa: E402 (threads are set first)
 
+from tests.cpu_times import CpuTimes  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real" / "nuscenes"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show CPU times where durations are asked for."""
+    if config.getoption("durations"):
+        config.pluginmanager.register(CpuTimes())
 
 
 @pytest.fixture(scope="session", autouse=True)
