@@ -33,6 +33,7 @@ def read_any_layout(model: nn.Module) -> None:
     Args:
         model: is changed in place.
     """
+    child: Any  # mmcv has no types
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is MmcvRoIAlign and child.aligned and child.pool_mode == "avg":

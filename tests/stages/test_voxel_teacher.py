@@ -47,7 +47,7 @@ TERMS = {"cached": NECK | {"teacher": "lidar.bev_neck"}, "online": NECK | {"teac
 
 @pytest.fixture(scope="module")
 def params(city: Path) -> Params:
-    """params.yaml with a voxel teacher, the same one once more, a fusion teacher and a student of stored and live taps."""
+    """params.yaml with a voxel teacher, the same one once more, a fusion teacher and a student that has two terms."""
     raw = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
     train = {"epochs": 1, "batch_size": 1, "lr": 1e-3, "precision": "bf16-mixed", "workers": 0}
     long = train | {"epochs": STEPS // SAMPLES, "lr": 0.01, "ema_decay": 0.9, "checkpoint_minutes": 0, "log_every": 1}
@@ -59,7 +59,8 @@ def params(city: Path) -> Params:
     raw["variants"] = {"taught": {"student": "camera", "terms": TERMS}}
     raw["study"] |= {"segmenters": [], "stores": ["lidar"], "variants": ["taught"], "featured": [], "baselines": []}
     overlay = {
-        "data": {"worlds": [], "dataroot": str(city), "version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
+        "data": {"worlds": [], "dataroot": str(city), "version": "v1.0-trainval",
+                 "splits": {"train": "train", "val": "val"}},
         "input": {"sweeps": 1, "image": {"size": [32, 64], "resize": [1.0, 1.0], "rotate": 0.0, "flip": 0.0},
                   "bev": {"flip_x": 0.0, "flip_y": 0.0, "rotate": 0.0, "scale": [1.0, 1.0]}},
         "grid": GRID,
