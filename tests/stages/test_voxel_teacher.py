@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-import shutil
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -45,8 +46,7 @@ NECK = {"student": "bev_neck", "distance": "l2", "weight": 1.0}
 TERMS = {"cached": NECK | {"teacher": "lidar.bev_neck"}, "online": NECK | {"teacher": "live.bev_neck"}}
 
 
-@pytest.fixture(scope="module")
-def params(city: Path) -> Params:
+def values(city: Path) -> dict[str, Any]:
     """params.yaml with a voxel teacher, the same one once more, a fusion teacher and a student that has two terms."""
     raw = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
     train = {"epochs": 1, "batch_size": 1, "lr": 1e-3, "precision": "bf16-mixed", "workers": 0}
@@ -67,7 +67,12 @@ def params(city: Path) -> Params:
         "store": {"shard_samples": 2, "calibration_samples": SAMPLES, "gap_samples": 0},
         "evaluate": {"pictures": 0},
     }  # fmt: skip
-    return Params.model_validate(merge(raw, overlay))
+    return merge(raw, overlay)
+
+
+@pytest.fixture(scope="module")
+def params(city: Path) -> Params:
+    return Params.model_validate(values(city))
 
 
 def context_of(root: Path, params: Params, stage: str, key: str) -> StageContext:
@@ -107,7 +112,8 @@ def root(city: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("project")
     for name in ("data", "models", "pipeline", "stages"):
         (root / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "params.yaml", root)
+    with (root / "params.yaml").open("w") as file:
+        YAML().dump(values(city), file)
     build_index(city, "v1.0-trainval", ("train", "val"), root / "outputs/index")
     kill_in_step(context_of(root, params, "teacher", "lidar"))
     teacher.run(context_of(root, params, "teacher", "lidar"))
@@ -202,10 +208,11 @@ def test_it_teaches_a_student_from_its_store_and_in_the_step(root: Path, params:
     assert load_detector(root / "outputs/students/taught-0").sensors == ("images",)
 
 
-def test_it_is_scored_and_does_not_leave(root: Path, params: Params) -> None:
+def test_it_is_scored_and_its_student_leaves(root: Path, params: Params) -> None:
     evaluate.run(context_of(root, params, "evaluate_teacher", "lidar"))
     metrics = json.loads((root / "reports/metrics/lidar.json").read_text())
     assert metrics["parameters"] == sum(p.numel() for p in by_hand(root).parameters())
     assert 0 <= metrics["NDS"] <= 1
+    assert export.run(root, key="taught-0", out=None, formats=["torch"], samples=1) == 0
     with pytest.raises(StageError, match="'lidar': LidarCenterPoint reads LiDAR; only detectors that read"):
         export.run(root, key="lidar", out=None, formats=["onnx"], samples=1)
