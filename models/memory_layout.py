@@ -20,7 +20,7 @@ FULL_PRECISION: dict[type[nn.Module], type[nn.Module]] = {
     DeformConv2dPack: FullPrecisionDCN,
     ModulatedDeformConv2dPack: FullPrecisionDCNv2,
 }
-"""Deformable convolutions of mmcv, which has none for bfloat16, and those that stand in for them."""
+"""Deformable convolutions of mmcv, which has none for bfloat16 on a CPU, and those that stand in for them."""
 
 
 def read_any_layout(model: nn.Module) -> None:
