@@ -208,9 +208,8 @@ def convolve_samples(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("mckhw,ock->mohw", read, weight.flatten(2))
 
 
-@MODELS.register_module()
-class FullPrecisionDCNv2(ModulatedDeformConv2dPack):
-    """mmcv's ``DCNv2`` in the same way, for mmdet's backbones: ``dcn: {type: FullPrecisionDCNv2}``."""
+class _FullPrecision(nn.Module):
+    """The forward pass that comes before one of mmcv's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [M, C_out, h, w] of maps [M, C_in, h, w].
@@ -219,9 +218,19 @@ class FullPrecisionDCNv2(ModulatedDeformConv2dPack):
             ValueError: while a graph is exported: no operator of it does what mmcv's does.
         """
         if torch.compiler.is_exporting():
-            raise ValueError("export of FullPrecisionDCNv2: only detectors whose backbone has no dcn can be exported")
+            raise ValueError(f"export of {type(self).__name__}: only detectors without dcn, in backbone and head, can "
+                             "be exported")
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(full(x).contiguous())
+
+
+class FullPrecisionDCN(_FullPrecision, DeformConv2dPack):
+    """mmcv's ``DCN`` of maps in any memory layout, in float32 under autocast."""
+
+
+@MODELS.register_module()
+class FullPrecisionDCNv2(_FullPrecision, ModulatedDeformConv2dPack):
+    """mmcv's ``DCNv2`` in the same way, for mmdet's backbones: ``dcn: {type: FullPrecisionDCNv2}``."""
 
 
 def two_convolutions(channels: int, deformable: bool) -> nn.Sequential:

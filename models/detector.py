@@ -142,6 +142,7 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     import models.lidar
     import models.radar
     import models.simulated  # noqa: F401 (registers the detectors)
+    from models.memory_layout import read_any_layout
 
     name = config.get("type")
     if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
@@ -149,4 +150,5 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
                          "BEVFormer, BEVFusion or SimulatedFusion")
     detector = MODELS.build(copy.deepcopy(dict(config)))
     detector.init_weights()
+    read_any_layout(detector)
     return detector

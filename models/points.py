@@ -52,6 +52,7 @@ class PointLift(BaseModule):
             middle = {"in_channels": encoder["feat_channels"][-1], "output_shape": cells[:2][::-1], **middle}
         else:
             require_spconv(middle["type"])
+            train_without_cuda()
             encoder = {"num_features": features, **encoder}
             middle = {"in_channels": features, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
                       **{key: as_tuples(value) for key, value in middle.items()}}
@@ -159,3 +160,15 @@ def require_spconv(name: str) -> None:
     if importlib.util.find_spec("spconv") is None:
         raise ModuleNotFoundError(f"the middle encoder {name} needs sparse convolutions: "
                                   "pip install spconv (CPU) or spconv-cu126 (CUDA 12), or use pillars")
+
+
+def train_without_cuda() -> None:
+    """Let gradients pass through sparse convolutions on a machine without CUDA."""
+    if torch.cuda.is_available():
+        return
+    # The backward pass of spconv (2.3.8) asks torch for CUDA's current stream on a CPU too, where it makes no use of
+    # it, and torch raises without CUDA. This can go when spconv asks on GPUs only, as its forward pass does. The import
+    # stands here because models without sparse convolutions need no spconv.
+    import spconv.pytorch.ops
+
+    spconv.pytorch.ops.get_current_stream = lambda: 0

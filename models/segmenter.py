@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.detector import initialise
 from models.images import IMAGE_MEAN, IMAGE_STD
-from models.roi_align import RoIAlign
+from models.memory_layout import read_any_layout
 
 CLASS_HEADS = ("bbox_head", "mask_head")
 """Parts of a RoI head that tell classes apart."""
@@ -118,6 +118,7 @@ def build_segmenter(config: Mapping[str, Any]) -> Segmenter:
     """
     segmenter = Segmenter(config["model"], config["classes"])
     initialise(segmenter.detector)
+    read_any_layout(segmenter.detector)
     return segmenter
 
 
@@ -143,17 +144,7 @@ def with_classes(model: Mapping[str, Any], count: int) -> ConfigDict:
             if stated != count:
                 raise ValueError(f"segmenter model {name}: roi_head.{part} has num_classes {stated}, its classes are "
                                  f"{count}: leave num_classes out, or name all classes")
-    read_any_layout(roi_head)
     return filled
-
-
-def read_any_layout(roi_head: ConfigDict) -> None:
-    """Have the RoI extractors of a config read features with this project's operator in place of mmcv's."""
-    for part in ("bbox_roi_extractor", "mask_roi_extractor"):
-        extractors = roi_head.get(part) or []
-        for extractor in extractors if isinstance(extractors, list) else [extractors]:
-            if extractor.roi_layer.type == "RoIAlign":
-                extractor.roi_layer.type = RoIAlign
 
 
 def image_info(size: tuple[int, int]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pipeline.ema import EMA
 from pipeline.environment import cores
 from pipeline.errors import PipelineError
 from pipeline.launchers import PREEMPTED
+from pipeline.loading import load_weights
 from pipeline.progress import ProgressBar
 from pipeline.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
 from pipeline.schedule import learning_rate
@@ -446,7 +447,7 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         self._check_same_run(saved)
-        self.module.load_state_dict(_subset("model", saved.tensors))
+        load_weights(self.module, _subset("model", saved.tensors))
         self.ema.load(_subset("ema", saved.tensors))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _subset("optimizer", saved.tensors).items():

@@ -20,6 +20,7 @@ from models.bevformer import BEVFormer
 from models.detector import Detector, build_detector
 from models.pillars import PointwisePillarNet
 from pipeline.environment import cores
+from pipeline.loading import load_weights
 from pipeline.params import Params, StoreParams
 from pipeline.stage import StageError
 from stages.inputs import camera_dataset, grown_grid, plain_dataset
@@ -219,7 +220,7 @@ def grown(folder: Path, plain: Detector, halo: float) -> Detector:
     config = _grown(config, halo, ((reach + halo) / reach) ** 2)
     detector = build_detector(config)
     try:
-        detector.load_state_dict(plain.state_dict())
+        load_weights(detector, plain.state_dict())
     except RuntimeError as error:
         raise StageError(f"teacher {folder} cannot run with a halo of {halo} m: {error}") from error
     for name, module in plain.named_modules():

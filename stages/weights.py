@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.detector import Detector, build_detector
 from models.inherit import inherited
+from pipeline.loading import load_weights
 from pipeline.stage import StageError
 
 WEIGHTS: Final = "model.safetensors"
@@ -108,7 +109,7 @@ def start_in_part(
         chosen |= fits
     if not chosen:
         raise StageError(f"{path}: no weight of it fits the {type(detector).__name__}")
-    detector.load_state_dict(own | chosen)
+    load_weights(detector, own | chosen)
     return set(chosen)
 
 
@@ -143,7 +144,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     expected = model.state_dict()
     _check_names(source, set(expected) - set(weights), set(weights) - set(expected))
     _check_shapes(source, expected, weights)
-    model.load_state_dict(weights)
+    load_weights(model, weights)
 
 
 def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:

@@ -231,10 +231,8 @@ def test_a_training_step_on_a_real_keyframe(params: Params, real_dataroot: Path,
 
 
 @pytest.mark.timeout(900)
-def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroot: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroot: Path, tmp_path: Path) -> None:
     """The fusion teacher alone, then the student with all five terms against that teacher's maps."""
-    monkeypatch.setattr("spconv.pytorch.ops.get_current_stream", lambda: 0)  # its backward pass asks for CUDA's
     params = on_real_keyframes(simdistill, real_dataroot, tmp_path)
     build_index(real_dataroot, VERSION, [SPLIT], tmp_path / INDEX, sweeps=params.input.sweeps)
     seed_everything(MODEL, 0)

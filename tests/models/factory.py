@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.detector import Detector
+from models.detector import Detector, build_detector
 
 TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
          ["pedestrian", "traffic_cone"]]
@@ -97,6 +97,25 @@ def lidar_config(**changes: Any) -> dict[str, Any]:
             "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
             "encoder": {"type": "PointwisePillarNet", "feat_channels": [12]},
             "backbone": second(12, [2, 2]), "neck": second_fpn([16, 16], [1, 2]), "head": head_config()} | changes
+
+
+VOXELS: dict[str, Any] = {
+    "voxel": {"size": [0.4, 0.4, 1.0], "max_points": 5, "max_voxels": [8000, 8000]},
+    "encoder": {"type": "HardSimpleVFE"},
+    "middle": {"type": "SparseEncoder", "base_channels": 3, "output_channels": 3, "order": ["conv", "norm", "act"],
+               "encoder_channels": [[3, 3], [3]], "encoder_paddings": [[1, 1], [1]], "block_type": "basicblock"},
+}
+"""Of a LiDAR detector with sparse convolutions, on 32 x 32 cells of 6 channels; most of its kernels are 3^5 numbers."""
+
+
+def voxel_config(**changes: Any) -> dict[str, Any]:
+    """A small LiDAR detector with sparse convolutions: :func:`lidar_config` over voxels."""
+    return lidar_config(**VOXELS, backbone=second(6, [1, 2])) | changes
+
+
+def voxel_encoder() -> nn.Module:
+    """The sparse encoder of :func:`voxel_config`."""
+    return build_detector(voxel_config()).get_submodule("middle")
 
 
 def radar_config(**changes: Any) -> dict[str, Any]:

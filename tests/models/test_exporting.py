@@ -110,7 +110,7 @@ def test_deformable_convolution_by_samples_equals_mmcvs() -> None:
 def test_a_modulated_convolution_says_that_it_stays() -> None:
     layer, x = FullPrecisionDCNv2(6, 8, 3, padding=1), torch.ones(1, 6, 5, 9)
     assert layer(x).shape == (1, 8, 5, 9)
-    with exporting(), pytest.raises(ValueError, match="export of FullPrecisionDCNv2: only detectors whose backbone"):
+    with exporting(), pytest.raises(ValueError, match="export of FullPrecisionDCNv2: only detectors without dcn"):
         layer(x)
 
 

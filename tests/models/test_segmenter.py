@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmcv.ops import RoIAlign as MmcvRoIAlign
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -132,6 +133,38 @@ def test_predictions_are_those_of_mmdet() -> None:
         torch.testing.assert_close(ours.scores, reference.scores[order])
         assert torch.equal(ours.labels, reference.labels[order])
         assert torch.equal(ours.masks, reference.masks[order])
+
+
+def cascade_model() -> dict[str, Any]:
+    """A Hybrid Task Cascade of three stages, whose semantic branch has a RoI extractor of its own."""
+    model = small_model(type="HybridTaskCascade")
+    roi_head, rcnn = model["roi_head"], model["train_cfg"]["rcnn"]
+    boxes = roi_head["bbox_head"] | {"loss_bbox": {"type": "SmoothL1Loss"}}
+    semantic = roi_head["mask_roi_extractor"] | {"featmap_strides": [8]}
+    roi_head |= {"type": "HybridTaskCascadeRoIHead", "num_stages": 3, "stage_loss_weights": [1, 0.5, 0.25],
+                 "bbox_head": [boxes] * 3, "mask_head": [roi_head["mask_head"] | {"type": "HTCMaskHead"}] * 3,
+                 "semantic_roi_extractor": semantic,
+                 "semantic_head": {"type": "FusedSemanticHead", "num_ins": 4, "fusion_level": 1, "num_convs": 1,
+                                   "in_channels": 16, "conv_out_channels": 16, "num_classes": 5}}
+    return model | {"train_cfg": model["train_cfg"] | {"rcnn": [rcnn] * 3}}
+
+
+def test_the_semantic_branch_of_a_cascade_reads_the_map_as_it_is() -> None:
+    """Its features are those of mmcv's operator on a contiguous map; the images' maps have their channels last."""
+    torch.manual_seed(0)
+    model = build_segmenter({"model": cascade_model(), "classes": CLASSES}).eval()
+    assert not [name for name, module in model.named_modules() if isinstance(module, MmcvRoIAlign)]
+    roi_head = model.detector.roi_head
+    with torch.no_grad():
+        maps = model.features(some_images())
+        _, semantic = roi_head.semantic_head(maps)
+        assert not semantic.is_contiguous()
+        rois = torch.tensor([[0.0, 4, 6, 40, 50], [2, 20, 8, 90, 60]])
+        given = roi_head.semantic_roi_extractor([semantic], rois)
+        expected = MmcvRoIAlign(14, 1 / 8, 1)(semantic.contiguous(), rois)
+        found = model.predict(some_images())
+    torch.testing.assert_close(given, expected)
+    assert sum(len(image.scores) for image in found) > 0
 
 
 def test_boxes_and_masks_count_from_the_edges_of_pixels() -> None:
