@@ -101,8 +101,9 @@ def together(commands: Sequence[Sequence[str]], greet: Callable[[], bool], grace
 
 def _pass_on(child: Child) -> None:
     assert child.stdout is not None
-    for line in child.stdout:
-        print(redaction.redact(line), end="", flush=True)
+    with child.stdout as lines:
+        for line in lines:
+            print(redaction.redact(line), end="", flush=True)
 
 
 def _signal(group: int, number: int) -> None:

@@ -39,7 +39,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _NOT_A_SECRET = re.compile(r"tokens|tokeniz", re.IGNORECASE)  # settings that count the tokens of a text
-_USER_NAME = re.compile(r"(?:^|_)user(?:_?name)?$", re.IGNORECASE)
+_USER_NAME = re.compile(r"user(?:_?name)?$", re.IGNORECASE)
 # Words that every log is full of. As a user or a password they tell nothing, and `***` in their places would tell them.
 _COMMON = {
     *("admin", "disabled", "dvc", "enabled", "false", "git", "main", "mlflow", "none", "null", "pipeline", "postgres"),
@@ -89,8 +89,9 @@ def is_secret(name: str) -> bool:
 
 def redact(text: str) -> str:
     """The text without secrets."""
-    text = _QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
-    return _pattern.sub(HIDDEN, text) if _pattern else text
+    if _pattern:  # first, because a password may hold what ends one in an address
+        text = _pattern.sub(HIDDEN, text)
+    return _QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
 
 
 def redact_all(value: Any) -> Any:
@@ -106,7 +107,7 @@ def redact_all(value: Any) -> Any:
 
 def public(address: str) -> str:
     """An address as a person may see it: without user, password and query, so that a link still leads there."""
-    return redact(re.split(r"[?#]", re.sub(r"^([^:]*:/{1,2})[^/?#]*@", r"\1", address))[0])
+    return re.split(r"[?#]", re.sub(r"^([^:]*:/{1,2})[^/?#]*@", r"\1", redact(address)))[0]
 
 
 def holds_secret(address: str) -> bool:
@@ -217,8 +218,9 @@ def _of_pair(user: str, password: str) -> Iterator[tuple[str, str]]:
     """A user, a password, and the header that they make."""
     yield from _of_user(user)
     yield from _of_word(password)
-    header = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
-    yield from _of_word(header)
+    for encoding in ("utf-8", "latin-1"):  # of httpx, of requests
+        header = f"{unquote(user)}:{unquote(password)}".encode(encoding, errors="replace")
+        yield from _of_word(base64.b64encode(header).decode())
 
 
 def _of_word(secret: str) -> Iterator[tuple[str, str]]:
