@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from pipeline import redaction
 from pipeline.environment import prepare
 from pipeline.errors import PipelineError
 
@@ -31,7 +32,9 @@ MaxParallel = Annotated[
 
 
 def main() -> None:
-    """Entry point: errors that a person can act on are printed without a traceback."""
+    """Entry point: errors that a person can act on are printed without a traceback, and nothing with a secret."""
+    redaction.start()
+    redaction.guard_streams()
     try:
         app()
     except PipelineError as error:
@@ -149,8 +152,10 @@ def export(
 @app.command()
 def ui(port: int = 5000) -> None:
     """Show the runs: MLflow's pages on 127.0.0.1."""
+    from pipeline.processes import together
+
     prepare()
-    _replace_process(_mlflow("ui", port))
+    _leave(together([_mlflow("ui", port)], lambda: True))
 
 
 @app.command()
@@ -267,13 +272,9 @@ def _mlflow(command: str, port: int) -> list[str]:
 
     store = os.environ["MLFLOW_TRACKING_URI"]
     if store.startswith("http"):
-        raise PipelineError(f"MLFLOW_TRACKING_URI is {store}: its pages are there")
+        raise PipelineError(f"MLFLOW_TRACKING_URI is {redaction.public(store)}: its pages are there")
     os.environ |= {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifact_root(store, Path.cwd())}
     return [sys.executable, "-m", "mlflow", command, "--host", "127.0.0.1", "--port", str(port)]
-
-
-def _replace_process(command: list[str]) -> NoReturn:
-    os.execv(command[0], command)
 
 
 def _leave(code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import State
 
 from pipeline import flow as flows
-from pipeline import profiles, slots, studies
+from pipeline import profiles, redaction, slots, studies
 from pipeline.environment import prepare
 
 NAME = "pipeline"
@@ -50,7 +50,7 @@ def pipeline(
         profile: laid over params.yaml first, or instead of the one that the study names.
     """
     root = prepare()
-    with flows.alone(root):
+    with redaction.clean_errors(), flows.alone(root):
         if study:
             studies.apply_study(study, root, profile)
         elif profile:

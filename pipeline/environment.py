@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+from pipeline import redaction
 from pipeline.errors import PipelineError
 
 # No telemetry, no update checks, no long wait for a server that is away, and no spinning.
@@ -45,13 +46,15 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def prepare(root: Path | None = None) -> Path:
-    """Enter the project's root and set every default that is not set yet; returns the root."""
+    """Enter the project's root, set every default that is not set yet, learn what is secret; returns the root."""
     root = root or find_root()
     os.chdir(root)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    redaction.start()
+    redaction.learn_settings(root)
     return root
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
 
-from pipeline import graph, launchers, slots
+from pipeline import graph, launchers, redaction, slots
 from pipeline.environment import cores
 from pipeline.errors import PipelineError
 from pipeline.graph import Node
@@ -63,11 +63,14 @@ Plan = dict[str, Step]
 
 @dataclass
 class Result:
-    """What became of a stage."""
+    """What became of a stage; Prefect keeps and shows it."""
 
     outcome: Outcome
     seconds: float = 0.0
     note: str = ""
+
+    def __post_init__(self) -> None:
+        self.note = redaction.redact(self.note)
 
 
 @dataclass
@@ -124,8 +127,24 @@ def run(plan: Plan, root: Path, max_parallel: int | None = None) -> int:
         def pipeline() -> Any:
             return conduct(plan, root, max_parallel)
 
+        _check_server()
         state: Any = pipeline(return_state=True)
         return 0 if state.is_completed() else 1
+
+
+def _check_server() -> None:
+    """Raises PipelineError where the Prefect server that was asked for does not answer: flows would end in a crash."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    if api := PREFECT_API_URL.value():
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+        if error:
+            raise PipelineError(
+                f"Prefect's server at PREFECT_API_URL={redaction.public(api)} does not answer ({error}): start it "
+                "(`make up` serves one on this machine), or unset PREFECT_API_URL for a temporary one"
+            )
 
 
 @contextmanager
@@ -151,7 +170,7 @@ def conduct(plan: Plan, root: Path, max_parallel: int | None) -> Any:
     from prefect.states import Completed, Failed
 
     this = Run(root, plan, max_parallel or slots.of_this_machine())
-    with _tracked(this), _stops_children(this.children):
+    with redaction.clean_errors(), _tracked(this), _stops_children(this.children):
         _schedule(this, _task(this))
     print(_summary(this), flush=True)
     _create_artifacts(this)
@@ -277,7 +296,7 @@ def _run_child(this: Run, name: str, arguments: list[str]) -> tuple[int, str]:
     progress = _Progress()
     try:
         assert child.stdout is not None
-        for line in child.stdout:  # ends when the last process of the group has closed it
+        for line in map(redaction.redact, child.stdout):  # ends when the last process of the group has closed it
             if line.strip() and not line.strip().startswith(HINTS):
                 _say(name, line.rstrip())
                 progress.show(line.strip())
@@ -423,7 +442,7 @@ def _link(root: Path, name: str, key: str | None) -> str | None:
 
 
 def _create_artifacts(this: Run) -> None:
-    """The run for Prefect's pages: what ran, the study's table, and where the rest is."""
+    """The run for Prefect's pages: what ran, the study's table, and where the rest is. None of it holds a secret."""
     from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
     rows = [
@@ -435,5 +454,5 @@ def _create_artifacts(this: Run) -> None:
         create_link_artifact(this.link, "the stages' runs", key="mlflow", description="MLflow")
     table, page = this.root / "reports" / "table.md", this.root / "reports" / "report.html"
     if table.exists():
-        text = f"{table.read_text()}\n\nThe report: `{page}`"
+        text = f"{redaction.redact(table.read_text())}\n\nThe report: `{page}`"
         create_markdown_artifact(text, key="ablation", description="the study's table")

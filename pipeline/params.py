@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline import redaction
 from pipeline.errors import PipelineError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -522,7 +523,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from ruamel.yaml import YAML, YAMLError
 
     try:
-        loaded = YAML(typ="safe", pure=True).load(path.read_text())
+        text = path.read_text()
+        redaction.learn(text)
+        loaded = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist") from None
     except YAMLError as error:

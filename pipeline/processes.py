@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from pipeline import redaction
 from pipeline.environment import die_with_parent
 
 Child = subprocess.Popen[str]
@@ -65,6 +66,7 @@ def stop_groups(groups: Sequence[int], grace: float) -> None:
 def together(commands: Sequence[Sequence[str]], greet: Callable[[], bool], grace: float = 10.0) -> int:
     """Run commands in the foreground until one ends or SIGTERM or Ctrl-C comes, then end all; returns the exit code.
 
+    What they print is passed on without secrets: they are servers of others, which repeat addresses in their errors.
     `greet` is called again and again until it returns True: it waits for them without blocking, and then says hello.
     """
     children = Children()
@@ -75,16 +77,33 @@ def together(commands: Sequence[Sequence[str]], greet: Callable[[], bool], grace
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        started = [children.start(command) for command in commands]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+        started = [children.start(command, environment, **pipe) for command in commands]
+        readers = [threading.Thread(target=_pass_on, args=[child], daemon=True) for child in started]
+        for reader in readers:
+            reader.start()
         greeted = False
         while not ended.is_set() and all(child.poll() is None for child in started):
             greeted = greeted or greet()
             ended.wait(0.2)
-        return 0 if ended.is_set() else 1
+        if ended.is_set():
+            return 0
+        for reader, child in zip(readers, started, strict=True):
+            if child.poll() is not None:
+                reader.join(grace)  # why it ended
+        return 1
     finally:
         children.stop(grace)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _pass_on(child: Child) -> None:
+    assert child.stdout is not None
+    with child.stdout as lines:
+        for line in lines:
+            print(redaction.redact(line), end="", flush=True)
 
 
 def _signal(group: int, number: int) -> None:

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
-from pipeline import sending
+from pipeline import redaction, sending
+from pipeline.errors import PipelineError
 from pipeline.params import flatten
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ BY_FLOW = "flow"  # value of LATER in the stages of a flow: its process sends wh
 SQLITE = "sqlite:///"
 SEND_SECONDS = 2.0
 SAMPLE_SECONDS = 20.0
-_SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key", re.IGNORECASE)
 BATCH = {"metrics": 900, "params": 90, "tags": 90}  # MLflow's limits per request are 1000, 100 and 100
 
 
@@ -106,6 +106,7 @@ class Recorder:
 
         `shared`: others may make the same run, so that it is as old as it is on the server.
         """
+        redaction.start()
         folder = root / JOURNALS
         folder.mkdir(parents=True, exist_ok=True)
         self.id = identity
@@ -147,7 +148,7 @@ class Recorder:
 
     def log_text(self, text: str, name: str) -> None:
         """Record a text as the artifact `name`."""
-        self.log_made(name, lambda kept: kept.write_text(text))
+        self.log_made(name, lambda kept: kept.write_text(redaction.redact(text)))
 
     def log_made(self, name: str, make: Callable[[Path], Any]) -> None:
         """Record the artifact `name` that `make` writes to a path; it is lost where that fails (a full disk)."""
@@ -185,7 +186,8 @@ class Recorder:
             self._write(op, values=dict(items[i : i + BATCH[op]]), **record)
 
     def _write(self, op: str, **record: Any) -> None:
-        line = json.dumps({"op": op, "time": int(time.time() * 1000), **record}) + "\n"
+        """The gate of all records: behind it there are no secrets."""
+        line = json.dumps({"op": op, "time": int(time.time() * 1000), **redaction.redact_all(record)}) + "\n"
         with self._write_lock:
             if self._fd < 0:
                 return
@@ -438,8 +440,16 @@ def artifact_root(uri: str, root: Path) -> str:
     """Where runs of a store that is not behind a server keep their files: beside a sqlite file, else in the project.
 
     MLFLOW_DEFAULT_ARTIFACT_ROOT says otherwise; writers on several hosts need a place that all of them see.
+
+    Raises:
+        PipelineError: it holds a secret, which MLflow would write into its tables and show on its pages.
     """
     if chosen := os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT"):
+        if redaction.holds_secret(chosen):
+            raise PipelineError(
+                f"MLFLOW_DEFAULT_ARTIFACT_ROOT={redaction.redact(chosen)} holds a secret, which MLflow would show: "
+                "leave it out, and give it to the storage's client (of s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
         return chosen
     beside = Path(uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else root
     return (beside / "mlartifacts").absolute().as_uri()
@@ -457,11 +467,12 @@ def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def run_link(run_id: str | None) -> str:
-    """Where a person finds the run."""
+    """Where a person finds the run; who follows a link to a server gives the password there."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if run_id is None:
         return "not sent yet (python -m pipeline track replay)"
-    return f"{uri.rstrip('/')}/#/runs/{run_id}" if uri.startswith("http") else f"run {run_id} (make ui)"
+    server = redaction.public(uri).rstrip("/")
+    return f"{server}/#/runs/{run_id}" if uri.startswith("http") else f"run {run_id} (make ui)"
 
 
 def git_tags(root: Path) -> dict[str, str]:
@@ -485,6 +496,7 @@ def open_store(root: Path) -> MlflowClient:
     """A client of the tracking store; tables of a database are made where they are missing."""
     from mlflow import MlflowClient
 
+    redaction.start()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root / 'mlflow.db'}"
     if not uri.startswith("http"):
         _ensure_tables(uri)
@@ -585,11 +597,12 @@ def _name(key: str) -> str:
 
 def _scrub(key: str, value: Any) -> str:
     """A parameter as text, without secrets and absolute paths."""
-    if _SECRET.search(key):
-        return "***"
+    if redaction.is_secret(key):
+        return redaction.HIDDEN
     text = Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else str(value)
-    return re.sub(r"://[^/@\s]+@", "://***@", text)[:5000]
+    return redaction.redact(text)[:5000]
 
 
 def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    """The first words of an error; half a secret would not be found any more, so they are cut from the clean text."""
+    return redaction.redact(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__

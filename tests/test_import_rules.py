@@ -34,6 +34,7 @@ CONTROL_PLANE = [
     "params",
     "processes",
     "profiles",
+    "redaction",
     "slots",
     "studies",
     "worktree",

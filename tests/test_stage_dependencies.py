@@ -19,7 +19,7 @@ ROOMS = ("data", "models", "stages", "pipeline")
 CONTROL = {f"pipeline/{name}.py" for name in (
     "__init__", "__main__", "cli", "comparison", "environment", "errors", "flow", "gpus", "graph",
     "launchers/__init__", "launchers/job", "launchers/local", "launchers/ray", "launchers/slurm", "launchers/torchrun",
-    "lockfile", "params", "processes", "profiles", "progress", "sending", "stage", "tracking")}
+    "lockfile", "params", "processes", "profiles", "progress", "redaction", "sending", "stage", "tracking")}
 SAME_CODE = {f"evaluate_{kind}": "evaluate" for kind in ("teacher", "fusion", "large")}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 

@@ -25,6 +25,7 @@ from pipeline.slots import LIMIT
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 from tests.pipeline.test_flow import Trace, diamond
 
+SECRET = "token-of-the-worker"
 SECONDS = 180  # for a server or a run on a busy machine
 BESIDE = """
 import time
@@ -46,6 +47,7 @@ class Served:
         self.mlflow = mlflow
         self.project = diamond(Project(folder, PREFECT_API_URL=api, PREFECT_HOME=str(folder / ".prefect")))
         self.project.edit("dvc.yaml", "python work.py beside", "exec python -m pipeline stage beside")
+        self.project.edit("work.py", "has no luck", "has no luck with {os.environ.get('FAR_TOKEN')}")
         self.project.write("stages/beside.py", BESIDE)
         shutil.copy(ROOT / "params.yaml", self.project.root)
         shutil.copy(ROOT / "prefect.yaml", self.project.root)
@@ -101,7 +103,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator
         assert f"export PREFECT_API_URL={project.env['PREFECT_API_URL']}" in said[-1], "".join(said)
         assert "limit gpu was made: 2 slots\n" in said or "limit gpu was made: 1 slots\n" in said
         project.run("prefect", "deploy", "--all", PWD="/")  # a shell's idea of where it is must not matter
-        online = {"MLFLOW_TRACKING_URI": made.mlflow, "PIPELINE_TRACK_LATER": ""}
+        online = {"MLFLOW_TRACKING_URI": made.mlflow, "PIPELINE_TRACK_LATER": "", "FAR_TOKEN": SECRET}
         worker = project.start("prefect", "worker", "start", "--pool", "gpu-pool", **online)
         yield made
         worker.terminate()
@@ -206,6 +208,8 @@ def test_a_failed_run_says_what_failed(workspace: Served) -> None:
     assert wait_until(lambda: workspace.state(run), SECONDS) == StateType.FAILED
     assert workspace.message(run) == "failed: top"
     wait_until(lambda: "rerun:  dvc repro --single-item top" in workspace.log(run))
+    assert "[top] top has no luck with ***" in workspace.log(run)
+    assert SECRET not in workspace.log(run) + json.dumps(workspace.artifacts(run))
     wrong = workspace.start(profile="no-such")
     assert wait_until(lambda: workspace.state(wrong), SECONDS) == StateType.FAILED
     assert "profile 'no-such' is unknown; allowed: bench-cpu" in workspace.message(wrong)
