@@ -11,18 +11,20 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
 PY     := .venv/bin/python
 # Setup is done when this file is there; its name changes with everything that setup reads.
-READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)
+# A machine with a GPU wants one of its own, since set-up chooses packages for GPUs there. It then leaves both, so that
+# a machine without a GPU that shares the folder (a login node) does not put packages for CPUs in their place.
+READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)$(if $(wildcard /dev/nvidia[0-9]*),-gpu)
 # Tests use two processes; more would only wait for each other's ray caster and solver threads on a small machine.
 TEST_PROCESSES ?= 2
 
 help:            ## this list
 	@sed -n 's/^# make/make/p' Makefile
 
-setup: $(READY)  ## virtual environment, locked pins, mmcv with ops, mlflow tables
+setup: $(READY)  ## virtual environment, locked pins, mmcv with ops, sparse convolution, mlflow tables
 
 $(READY): | setup/setup.sh
 	@PYTHON="$(PYTHON)" bash setup/setup.sh
-	@rm -f .venv/.ready-* && touch $@
+	@rm -f .venv/.ready-* && touch $@ $(@:-gpu=)
 
 demo: setup      ## the study of params.yaml at demo size
 	@$(PY) -m pipeline profile demo
