@@ -6,9 +6,10 @@ Assembled from mmdet3d's registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars a
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,6 +24,35 @@ from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
 from models.padded_points import lift_padded
+
+
+def add_up_on_one_thread() -> None:
+    """Have spconv add the results of a sparse convolution up on one thread, where it computes on a CPU.
+
+    Its kernel for that (spconv 2.3.8) lets threads overwrite one another: with two threads, a third of the results of
+    small convolutions were wrong, and differed when repeated. This can go when `scatter_add_cpu` is right with several
+    threads. spconv-triton, which has no such kernel, is left as it is. The imports stand here because models without
+    sparse convolutions need no spconv.
+    """
+    from spconv.pytorch import ops
+
+    kernels = getattr(ops, "SpconvOps", None)
+    if kernels is None or hasattr(kernels.scatter_add_cpu, "__wrapped__"):
+        return
+    kernels.scatter_add_cpu = staticmethod(_on_one_thread(kernels.scatter_add_cpu))
+
+
+def _on_one_thread(kernel: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(kernel)
+    def alone(*arguments: Any) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            kernel(*arguments)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 class PointLift(BaseModule):
@@ -55,6 +85,7 @@ class PointLift(BaseModule):
             encoder = {"num_features": features, **encoder}
             middle = {"in_channels": features, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
                       **{key: as_tuples(value) for key, value in middle.items()}}
+            add_up_on_one_thread()
         self.encoder = MODELS.build(encoder)
         self.middle = MODELS.build(middle)
 

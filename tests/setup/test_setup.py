@@ -1,4 +1,4 @@
-"""What set-up promises: a complete lock, a wheel per torch, a sparse convolution per CUDA, words for what is missing."""
+"""What set-up promises: a complete lock, a wheel per torch, a sparse convolution per CUDA, words for a fault."""
 
 from __future__ import annotations
 
