@@ -1,11 +1,12 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
 # make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke WORKTREE=../x3kd (docs/studies.md)
+# make quick  lint and types only, in seconds
 # make test   lint and the test suite
 # make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
 # make ui     MLflow on http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint bench ui up clean
+.PHONY: help setup demo study quick test lint bench ui up clean
 SHELL := /bin/bash
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -40,6 +41,8 @@ study: setup     ## PROFILE is optional: the study names the one that it is mean
 lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+
+quick: lint      ## what to run before each commit (.pre-commit-config.yaml runs the same)
 
 test: lint
 	@.venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup

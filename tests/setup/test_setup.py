@@ -64,6 +64,15 @@ def test_a_wheel_belongs_to_one_torch_and_architecture(
     assert "cuda9.0" in build_mmcv.wheel_folder(tmp_path).name
 
 
+def test_a_wheel_that_is_built_beside_a_gpu_is_not_one_for_cpus(
+    build_mmcv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmcv's own set-up compiles for the GPU that it sees, whether or not FORCE_CUDA is set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert build_mmcv.architecture() == "cuda8.6"
+
+
 @pytest.mark.parametrize(
     ("cuda", "packages"),
     [
@@ -114,3 +123,18 @@ def test_a_gpu_is_noticed_by_its_stamp_and_one_machine_does_not_undo_the_others_
     with_gpu, also = stamps("/dev/null")
     assert without == same == also
     assert with_gpu == f"{without}-gpu"
+
+
+def test_spconv_on_triton_is_one_module_under_two_names(tmp_path: Path) -> None:
+    """A package of spconv-triton's layout, since that one wants Triton."""
+    package = tmp_path / "spconv_triton"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").write_text("SPCONV_VERSION_NUMBERS = [2, 3, 8]\n__version__ = '1.0.0'\n")
+    (package / "pytorch" / "__init__.py").write_text("from spconv_triton.pytorch import ops\n")
+    (package / "pytorch" / "ops.py").write_text("")
+    (tmp_path / "spconv.py").write_text((SETUP / "spconv_on_triton.py").read_text())
+    code = ("import spconv, spconv.pytorch.ops, spconv_triton.pytorch.ops\n"
+            "from spconv.pytorch import ops\n"
+            "print(spconv.__version__, ops is spconv.pytorch.ops is spconv_triton.pytorch.ops)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2.3.8", "True"]
