@@ -17,7 +17,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
-# As setup/setup.sh does it: torch with what it depends on, then the lock, which is complete, then mmcv.
+# As setup/setup.sh does it: torch with what it depends on, then the lock, which is complete, then mmcv and a
+# sparse convolution.
 WORKDIR /opt/setup
 COPY setup/requirements.txt ./
 RUN python3.12 -m venv /opt/venv \
@@ -25,11 +26,14 @@ RUN python3.12 -m venv /opt/venv \
 RUN pip install --no-deps -r requirements.txt
 
 ARG TORCH_CUDA_ARCH_LIST="8.0 8.6 8.9 9.0"
-COPY setup/build_mmcv.py setup/check.py ./
+# The machine that builds the image may have no GPU.
+ARG FORCE_CUDA=1
+COPY setup/machine.py setup/build_mmcv.py setup/sparse_convolution.py setup/spconv_on_triton.py setup/check.py ./
 RUN python -c "import torch; assert torch.version.cuda, 'this torch has no CUDA: which package index was used?'" \
-    && FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" python build_mmcv.py /opt/wheels \
+    && TORCH_CUDA_ARCH_LIST="$TORCH_CUDA_ARCH_LIST" python build_mmcv.py /opt/wheels \
     && pip install --no-deps --force-reinstall /opt/wheels/*/mmcv-*.whl \
     && rm -r /opt/wheels \
+    && python sparse_convolution.py \
     && python check.py
 
 RUN useradd --create-home --uid 10001 distillery \

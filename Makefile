@@ -1,12 +1,13 @@
 # make demo   the whole study on the synthetic city, ends with the report's table
 # make study  a study of studies/, as in make study STUDY=x3kd PROFILE=smoke WORKTREE=../x3kd (docs/studies.md)
+# make quick  lint and types only, in seconds
 # make test   lint, types and the test suite; DURATIONS=1 lists what took longest
 # make test-all  make test, and what it leaves out: whole studies, twins of the paper-scale profiles
 # make bench  the teacher-output store measured, in a few minutes (docs/benchmarks.md)
 # make setup  the environment (the others call it; it does nothing when it is done)
 # make ui     MLflow on http://127.0.0.1:5000
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-all lint bench ui up clean
+.PHONY: help setup demo study quick test test-all lint bench ui up clean
 SHELL := /bin/bash
 # Every stage is a process of its own: without bytecode each would compile the same modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,18 +15,20 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell command -v $(p) 2>/dev/null)))
 PY     := .venv/bin/python
 # Setup is done when this file is there; its name changes with everything that setup reads.
-READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)
+# A machine with a GPU wants one of its own, since set-up chooses packages for GPUs there. It then leaves both, so that
+# a machine without a GPU that shares the folder (a login node) does not put packages for CPUs in their place.
+READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)$(if $(wildcard /dev/nvidia[0-9]*),-gpu)
 # Tests use two processes; more would only wait for each other's ray caster and solver threads on a small machine.
 TEST_PROCESSES ?= 2
 
 help:            ## this list
 	@sed -n 's/^# make/make/p' Makefile
 
-setup: $(READY)  ## virtual environment, locked pins, mmcv with ops, mlflow tables
+setup: $(READY)  ## virtual environment, locked pins, mmcv with ops, sparse convolution, mlflow tables
 
 $(READY): | setup/setup.sh
 	@PYTHON="$(PYTHON)" bash setup/setup.sh
-	@rm -f .venv/.ready-* && touch $@
+	@rm -f .venv/.ready-* && touch $@ $(@:-gpu=)
 
 demo: setup      ## the study of params.yaml at demo size
 	@$(PY) -m pipeline profile demo
@@ -41,6 +44,8 @@ study: setup     ## PROFILE is optional: the study names the one that it is mean
 lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+
+quick: lint      ## what to run before each commit (.pre-commit-config.yaml runs the same)
 
 SUITE := .venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup $(if $(DURATIONS),--durations 30)
 test: lint

@@ -6,7 +6,6 @@ Assembled from mmdet3d's registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars a
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any
@@ -23,6 +22,7 @@ from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
 from models.padded_points import lift_padded
+from models.sparse_convolution import require_spconv
 
 
 class PointLift(BaseModule):
@@ -52,7 +52,6 @@ class PointLift(BaseModule):
             middle = {"in_channels": encoder["feat_channels"][-1], "output_shape": cells[:2][::-1], **middle}
         else:
             require_spconv(middle["type"])
-            train_without_cuda()
             encoder = {"num_features": features, **encoder}
             middle = {"in_channels": features, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
                       **{key: as_tuples(value) for key, value in middle.items()}}
@@ -153,22 +152,3 @@ class PointCenterPoint(Detector, PointLift):
 def as_tuples(value: Any) -> Any:
     """Lists, as YAML has them, as the tuples that SparseEncoder insists on."""
     return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def require_spconv(name: str) -> None:
-    """Fail with the package to install where sparse convolutions are missing."""
-    if importlib.util.find_spec("spconv") is None:
-        raise ModuleNotFoundError(f"the middle encoder {name} needs sparse convolutions: "
-                                  "pip install spconv (CPU) or spconv-cu126 (CUDA 12), or use pillars")
-
-
-def train_without_cuda() -> None:
-    """Let gradients pass through sparse convolutions on a machine without CUDA."""
-    if torch.cuda.is_available():
-        return
-    # The backward pass of spconv (2.3.8) asks torch for CUDA's current stream on a CPU too, where it makes no use of
-    # it, and torch raises without CUDA. This can go when spconv asks on GPUs only, as its forward pass does. The import
-    # stands here because models without sparse convolutions need no spconv.
-    import spconv.pytorch.ops
-
-    spconv.pytorch.ops.get_current_stream = lambda: 0

@@ -2,7 +2,9 @@
 
 He et al., "Mask R-CNN", ICCV 2017; the same numbers as mmcv's operator with ``aligned`` and average pooling. That one
 takes every map for contiguous, which a map in channels-last layout is not, and computes garbage from it without a word;
-this one reads any layout, and on a CPU it is several times as fast.
+this one reads any layout, and on a CPU it is several times as fast. torchvision's operator (0.29.1) is right on any
+layout, too, but has no build beside torch's for CPUs, which would make the environment 5.5 GB larger; forward and
+backward, of 200 boxes on [8, 64, 32, 88] with 2 or about one sample per cell, it takes 1.7 to 3.4 times as long here.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from machine import for_cuda
+
 MMCV = "2.1.0"
 # setup.py reads CFLAGS only, and setting it replaces the compiler's defaults: -g0 keeps the library at 4 MB, not 82.
 BASE_FLAGS = ["-O2", "-DNDEBUG", "-g0"]
@@ -28,10 +30,15 @@ HEADER_FLAGS = ["-fPIC", "-std=c++17", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DTOR
 
 
 def architecture() -> str:
-    """``cpu``, or the CUDA architecture list that the ops are built for."""
-    if os.environ.get("FORCE_CUDA") != "1":
+    """``cpu``, or the CUDA architecture list that the ops are built for; by default that of the machine's GPU."""
+    import torch
+
+    if not for_cuda():
         return "cpu"
-    return "cuda" + os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", "-").replace(";", "-")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not architectures and torch.cuda.is_available():
+        architectures = ".".join(map(str, torch.cuda.get_device_capability()))
+    return "cuda" + architectures.replace(" ", "-").replace(";", "-")
 
 
 def wheel_folder(cache: Path) -> Path:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the environment: virtual environment, locked pins, mmcv with its ops, MLflow's tables. Safe to interrupt and run again.
+# Make the environment: virtual environment, locked pins, mmcv with its ops, a sparse convolution, MLflow's tables.
+# Safe to interrupt and run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache="${BEV_DISTILLERY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bev-distillery}"
@@ -37,8 +38,9 @@ packages=$!
 wheel=$("$python" setup/build_mmcv.py "$cache" | tail -n 1) || { kill "$packages" 2>/dev/null; exit 1; }
 wait "$packages"
 "${pip[@]}" --no-deps --force-reinstall "$wheel"
+"$python" setup/sparse_convolution.py
 
-say "checking the imports"
+say "checking the imports and the sparse convolution"
 "$python" setup/check.py
 [ -d .git ] && [ ! -d .dvc/tmp ] && mkdir -p .dvc/tmp
 "$python" -m pipeline track init

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+# scipy.stats takes 0.9 s of CPU longer to import than these two functions of the t distribution; it has no correction
+# after Holm, and its t-test gives no p for values that are all zero.
 from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95

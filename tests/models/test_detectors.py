@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.bev_pool import bev_pool_reference
 from models.depth_net import DepthBins, camera_parameters, depth_loss
@@ -245,8 +246,27 @@ def test_voxels_without_spconv_say_what_to_install(monkeypatch: pytest.MonkeyPat
     find = importlib.util.find_spec
     importlib.import_module("mmdet3d.models")  # it looks for spconv once, when it is imported
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spconv" else find(name))
-    with pytest.raises(ModuleNotFoundError, match="pip install spconv"):
+    with pytest.raises(ModuleNotFoundError, match="needs sparse convolutions: run `make setup`"):
         build_detector(VOXELS)
+
+
+def test_sparse_convolutions_are_the_dense_ones_with_two_threads() -> None:
+    build_detector(VOXELS)  # as every model with voxels does, before it computes
+    spconv = importlib.import_module("spconv.pytorch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(20):  # nearly all of them are wrong where two threads add them up
+            torch.manual_seed(seed)
+            cells = (torch.rand(2, 8, 16, 16) < 0.3).nonzero().contiguous()
+            features = torch.randn(len(cells), 4)
+            layer = spconv.SparseConv3d(4, 8, 3, padding=1, bias=False)
+            found = layer(spconv.SparseConvTensor(features, cells.int(), [8, 16, 16], batch_size=2)).dense()
+            grid = torch.zeros(2, 8, 16, 16, 4).index_put(tuple(cells.T), features).movedim(-1, 1)
+            expected = F.conv3d(grid, layer.weight.movedim(-1, 1), padding=1)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_voxels_with_spconv_detect_on_the_same_grid() -> None:

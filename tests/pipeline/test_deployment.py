@@ -262,12 +262,15 @@ def test_prefect_yaml_names_the_flow_and_its_parameters() -> None:
     assert all(there["parameters"].keys() == PARAMETERS for there in deployments())
 
 
+SETUP = ["machine", "build_mmcv", "sparse_convolution", "spconv_on_triton", "check"]
+
+
 def test_what_the_image_copies_is_there() -> None:
     """There is no engine to build it with: at least its sources exist and are not ignored."""
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     copies = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY")]
     sources = [word for words in copies for word in words if not word.startswith("--")]
-    assert sources == ["setup/requirements.txt", "setup/build_mmcv.py", "setup/check.py", "."]
+    assert sources == ["setup/requirements.txt", *(f"setup/{name}.py" for name in SETUP), "."]
     assert all((ROOT / source).exists() for source in sources)
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert not {"setup", "pipeline", "stages", "models", "data", "profiles", "studies", ".dvc"} & set(ignored)
