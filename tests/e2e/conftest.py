@@ -40,6 +40,10 @@ class Project:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command that serves until it is stopped."""
+        return subprocess.Popen(command, cwd=self.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
     def profile(self, name: str) -> None:
         """Lay a profile over params.yaml."""
         self.run(sys.executable, "-m", "pipeline", "profile", name)
@@ -63,6 +67,11 @@ class Project:
     def metrics(self) -> dict[str, str]:
         """The metrics files of the study, by name."""
         return {path.name: path.read_text() for path in sorted((self.root / "reports/metrics").glob("*.json"))}
+
+    def evaluations(self) -> dict[str, str]:
+        """What the evaluations say beside the metrics, by run."""
+        found = sorted((self.root / "outputs/predictions").glob("*/evaluation.json"))
+        return {path.parent.name: path.read_text() for path in found}
 
 
 def set_study(params: Path, changes: Mapping[str, Any]) -> None:

@@ -1,0 +1,40 @@
+"""The commands of README.md: those that a test runs, and those that none does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+ACTIVATE = "source .venv/bin/activate"
+# Commands that tests/e2e/test_smoke.py leaves out, and why.
+NOT_RUN = {
+    "make demo": "it takes a quarter of an hour; the study of test_smoke.py is the same DAG with fewer arms",
+    "make quick": "it is run before the suite",
+    "make test": "it is the suite",
+    "make test-all": "it is the suite",
+    "make study STUDY=x3kd": "it takes hours; test_studies.py runs the commands behind `make study` at smoke size",
+    "make study STUDY=simdistill": "as above",
+    "make study STUDY=structured": "as above",
+    "make study STUDY=combined": "as above",
+    "make study STUDY=x3kd PROFILE=smoke": "as above",
+    "make study STUDY=x3kd WORKTREE=../x3kd": "as above; test_worktree.py makes worktrees",
+    "make up": "it serves a cluster",
+    "prefect deploy --all && prefect worker start --pool gpu-pool": "it needs a cluster; see test_deployment.py",
+    "prefect deployment run pipeline/slurm -p study=x3kd --watch": "it needs a cluster",
+}
+
+
+def commands() -> list[str]:
+    """Every command of a console block, in order, without its comment."""
+    blocks = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert all(line.startswith("$ ") for line in lines)
+    return [re.sub(r"\s+#.*", "", line.removeprefix("$ ")) for line in lines]
+
+
+def runnable() -> list[str]:
+    """Those that a person can run as they stand where the demo's study is computed."""
+    return [command for command in commands() if command not in NOT_RUN]
