@@ -9,9 +9,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 ACTIVATE = "source .venv/bin/activate"
-# Commands that tests/e2e/test_smoke.py leaves out, and why.
+# Commands that the last part of tests/e2e/test_smoke.py leaves out, and why.
 NOT_RUN = {
     "make demo": "it takes a quarter of an hour; the study of test_smoke.py is the same DAG with fewer arms",
+    "dvc repro": "test_smoke.py runs it earlier in the same project",
+    "python -m pipeline run --max-parallel 2": "as above",
+    "python -m pipeline run --dry-run": "as above",
+    "dvc metrics show": "as above",
+    "python -m pipeline cache plan": "test_cache.py covers it in less time",
+    "python -m pipeline cache verify": "as above",
+    "python -m pipeline cache look lidar": "as above",
     "make quick": "it is run before the suite",
     "make test": "it is the suite",
     "make test-all": "it is the suite",

@@ -45,7 +45,7 @@ def test_studies_and_profiles_are_there_and_all_profiles_are_named() -> None:
 
 def test_what_is_not_run_is_said_once() -> None:
     assert not NOT_RUN.keys() - set(commands()), "take out what README.md no longer has"
-    assert len(runnable()) > 10
+    assert len(runnable()) >= 6
 
 
 def test_the_example_of_a_variant_is_valid() -> None:

@@ -50,7 +50,7 @@ class Project:
 
     def repro_until(self, stage: str, reached: Callable[[], bool]) -> str:
         """`dvc repro`, and kill -9 the process of a stage as soon as a condition holds; returns what DVC printed."""
-        log = self.root / "repro.log"
+        log = self.root.with_name("repro.log")  # not in the project, where git would see it
         with log.open("w") as file:
             dvc = subprocess.Popen(["dvc", "repro"], cwd=self.root, env=ENVIRONMENT, stdout=file, stderr=file)
             while not reached():

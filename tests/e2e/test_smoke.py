@@ -142,7 +142,7 @@ def check_undisturbed_metrics(project: Project, killed: dict[str, str], evaluati
 def check_metrics_fit_a_screen(project: Project) -> None:
     """`dvc metrics show` prints a line of few columns for each model, and nothing of stores, costs and the summary."""
     head, *lines = project.run("dvc", "metrics", "show").stdout.strip().splitlines()
-    assert {line.split()[0] for line in lines} == {f"reports/metrics/{name}" for name in project.metrics()}
+    assert {line.split()[0] for line in lines} == {f"reports/metrics/{name}.json" for name in project.evaluations()}
     assert len(head.split()) <= 14
     assert max(map(len, (head, *lines))) <= 200
 
