@@ -67,5 +67,5 @@ ui: setup
 up: setup
 	@$(PY) -m pipeline up
 
-clean:           ## what the pipeline made (the environment stays)
-	@rm -rf outputs .scratch logs reports/report.html
+clean:           ## what the pipeline made and git ignores; dvc.lock, the record in reports, MLflow's runs and the environment stay
+	@rm -rf outputs .scratch logs reports/report.html reports/look-*.png

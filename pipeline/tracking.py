@@ -456,7 +456,7 @@ def artifact_root(uri: str, root: Path) -> str:
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a metrics file of boxes under the names that all runs have them: `val/mAP`, `val/AP/car`.
+    """The numbers of an evaluation of boxes under the names that all runs have them: `val/mAP`, `val/AP/car`.
 
     Undefined ones are left out; errors of single classes are too many for charts.
     """

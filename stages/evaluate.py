@@ -21,7 +21,15 @@ from data.batch import collate
 from data.blobs import BlobError
 from data.classes import CLASSES
 from data.dataset import NuScenesDataset
-from data.metrics import Evaluation, MetricsError, evaluate_submission, open_tables, summary, write_devkit_files
+from data.metrics import (
+    MEAN_ERRORS,
+    Evaluation,
+    MetricsError,
+    evaluate_submission,
+    open_tables,
+    summary,
+    write_devkit_files,
+)
 from data.submission import SampleDetections, SubmissionError, build_submission, write_submission
 from models.detector import Detector
 from pipeline.environment import cores
@@ -35,6 +43,8 @@ from stages.weights import load_detector
 logger = logging.getLogger(__name__)
 
 SUBMISSION: Final = "results_nusc.json"
+# Columns of `dvc metrics show`: what fits a screen. The rest of an evaluation stands beside the predictions.
+HEADLINES: Final = ("mAP", "NDS", *MEAN_ERRORS, "mAP_present", "samples", "boxes", "parameters")
 MODALITY: Final = {"images": "camera", "points": "lidar", "radar": "radar"}  # a batch's sensor -> the devkit's word
 
 
@@ -92,7 +102,8 @@ def _run(context: StageContext, subject: Subject) -> None:
     _draw_confusion(context, found, folder)
     _draw_scenes(context, dataset, detections, subject, folder)
     made = context.scratch / "metrics.json"
-    made.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    _write(made, {name: metrics[name] for name in HEADLINES})
+    _write(folder / "evaluation.json", {name: value for name, value in metrics.items() if name not in HEADLINES})
     context.publish(folder, f"outputs/predictions/{subject.key}")
     context.publish(made, f"reports/metrics/{subject.key}.json")
 
@@ -110,6 +121,10 @@ def predict(detector: Detector, dataset: NuScenesDataset, batch_size: int, title
                 detections[token] = SampleDetections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu())
             bar.advance(by=len(batch))
     return detections
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _words(metrics: Mapping[str, Any]) -> str:

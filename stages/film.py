@@ -52,7 +52,7 @@ def run(context: StageContext) -> None:
 def _run(context: StageContext) -> None:
     params, folder = context.params, context.scratch / "film"
     folder.mkdir(parents=True, exist_ok=True)
-    study, index = results(params, context.root / "reports/metrics"), Index.open(context.root / INDEX)
+    study, index = results(params, context.root), Index.open(context.root / INDEX)
     rows = rows_of_scenes(index, study.baseline.first["split"])
     arms, scene = cast(params, study), fullest(study.baseline, rows)
     chosen = {name: fullest_row(index, rows[name]) for name in compared(study) if name in rows}

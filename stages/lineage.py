@@ -24,8 +24,8 @@ def teachers_of(params: Params, variant: str) -> set[str]:
     return {*(params.stores[name].teacher for name in stores), *inherited}
 
 
-def results(params: Params, folder: Path) -> Study:
-    """The study's runs, from the folder of their metrics.
+def results(params: Params, root: Path) -> Study:
+    """The study's runs, as the evaluation stages published them below the root.
 
     Raises:
         ReportError: one is missing, or does not fit the others; names it and what to run.
@@ -33,5 +33,13 @@ def results(params: Params, folder: Path) -> Study:
     study = params.study
     rows = {name: params.variants[name].row or "" for name in study.variants}
     return load_study(
-        folder, study.teachers, rows, study.seeds, starts(params), study.fusions, study.large, study.baselines
+        root / "reports/metrics",
+        root / "outputs/predictions",
+        study.teachers,
+        rows,
+        study.seeds,
+        starts(params),
+        study.fusions,
+        study.large,
+        study.baselines,
     )

@@ -76,7 +76,7 @@ def run(context: StageContext) -> None:
 
 def track(root: Path, params: Params) -> str:
     """Bring the study's runs in MLflow up to date with what is published; returns what was done, in a line."""
-    study = results(params, root / "reports/metrics")
+    study = results(params, root)
     return comparison.track(root, params, study, {name: teachers_of(params, name) for name in params.study.variants})
 
 

@@ -78,7 +78,8 @@ def build(
 
     Args:
         metrics: folder of `<teacher>.json`, `<segmenter>.json` and `<variant>-<seed>.json`.
-        predictions: folder with one folder per run: metrics_details.json, pictures.json and the pictures.
+        predictions: folder with one folder per run: evaluation.json, metrics_details.json, pictures.json and the
+            pictures.
         cards: folder of `<store>.json`, what extraction says of each store.
         features: folder with one folder per run of a featured variant: features.json and the pictures that it names.
         cost: file of what the models cost.
@@ -107,7 +108,7 @@ def build(
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, teachers, rows, seeds, starts, fusions, large, baselines)
+    study = load_study(metrics, predictions, teachers, rows, seeds, starts, fusions, large, baselines)
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
     fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)

@@ -14,7 +14,8 @@ from pipeline.report.statistics import Interval, mean_interval, paired_differenc
 ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
 HEADLINES = ("mAP", "NDS", *ERRORS)
 UNITS = {"mATE": "m", "mASE": "1 - IoU", "mAOE": "rad", "mAVE": "m/s", "mAAE": "1 - accuracy"}
-REQUIRED = ("kind", *HEADLINES, "mAP_present", "classes", "samples", "boxes", "split", "parameters")
+METRICS = (*HEADLINES, "mAP_present", "samples", "boxes", "parameters")  # DVC's metrics of a run
+EVALUATION = ("kind", "split", "classes", "scenes")  # the rest of its evaluation, beside its predictions
 
 
 class ReportError(PipelineError):
@@ -28,7 +29,7 @@ class Arm:
     name: str
     kind: str  # "teacher", "start" (trained as teachers are) or "student"
     stage: str  # that evaluates it
-    runs: dict[int, dict[str, Any]]  # seed -> the published metrics
+    runs: dict[int, dict[str, Any]]  # seed -> its published metrics and the rest of its evaluation
     keys: dict[int, str]  # seed -> name of the run's folder in outputs/predictions
     row: str = ""  # of a paper's table that the variant reproduces
 
@@ -96,7 +97,7 @@ class Study:
 
     @property
     def classes(self) -> list[str]:
-        """The detection classes, in the order of the metrics files."""
+        """The detection classes, in the order of the evaluations."""
         return list(self.arms[0].first["classes"])
 
     @property
@@ -157,16 +158,31 @@ def read_published(path: Path, command: str, required: Sequence[str] = (), or_el
     return content
 
 
-def _read(folder: Path, key: str, stage: str) -> dict[str, Any]:
-    or_else = f", or take {key!r} out of `study` in params.yaml"
-    metrics: dict[str, Any] = read_published(
-        folder / f"{key}.json", f"run `dvc repro {stage}@{key}`", REQUIRED, or_else
-    )
-    return metrics
+@dataclass(frozen=True)
+class _Folders:
+    """Where the evaluation stages publish: metrics, and predictions with the rest of each evaluation."""
+
+    metrics: Path
+    predictions: Path
+
+    def read(self, key: str, stage: str) -> dict[str, Any]:
+        command, or_else = f"run `dvc repro {stage}@{key}`", f", or take {key!r} out of `study` in params.yaml"
+        metrics = read_published(self.metrics / f"{key}.json", command, METRICS, or_else)
+        evaluation = read_published(self.predictions / key / "evaluation.json", command, EVALUATION, or_else)
+        return {**evaluation, **metrics}
+
+    def teacher(self, name: str, kind: str, stage: str) -> Arm:
+        return Arm(name, kind, stage, {0: self.read(name, stage)}, {0: name})
+
+    def variant(self, name: str, row: str, seeds: Sequence[int]) -> Arm:
+        keys = {seed: f"{name}-{seed}" for seed in seeds}
+        runs = {seed: self.read(key, "evaluate") for seed, key in keys.items()}
+        return Arm(name, "student", "evaluate", runs, keys, row)
 
 
 def load_study(
-    folder: Path,
+    metrics: Path,
+    predictions: Path,
     teachers: Sequence[str],
     variants: Mapping[str, str],
     seeds: Sequence[int],
@@ -175,36 +191,27 @@ def load_study(
     large: Sequence[str] = (),
     baselines: Collection[str] = (),
 ) -> Study:
-    """Read `<teacher>.json` and `<variant>-<seed>.json` of a study from a folder.
+    """Read `<key>.json` of a study's metrics and `<key>/evaluation.json` of its predictions.
 
-    `variants` are given with the row of a paper's table, or ""; `starts` are those of the teachers that others start
-    from; `fusions` and `large` are teachers too; `baselines` are those of the variants that the ones behind them are
-    compared with, beside the first. Files of other studies in the folder are left alone. Raises ReportError naming the
-    file and the command that makes it, where one is missing, is not JSON or lacks a field; and where runs disagree
-    about the samples.
+    A key is a teacher's name or `<variant>-<seed>`. `variants` are given with the row of a paper's table, or "";
+    `starts` are those of the teachers that others start from; `fusions` and `large` are teachers too; `baselines` are
+    those of the variants that the ones behind them are compared with, beside the first. Files of other studies in the
+    folders are left alone. Raises ReportError naming the file and the command that makes it, where one is missing, is
+    not JSON or lacks a field; and where runs disagree about the samples.
     """
     if not variants or not seeds:
         raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
+    folders = _Folders(metrics, predictions)
     study = Study(
-        [_teacher(folder, name, "start" if name in starts else "teacher", "evaluate_teacher") for name in teachers]
-        + [_teacher(folder, name, "teacher", "evaluate_fusion") for name in fusions]
-        + [_teacher(folder, name, "teacher", "evaluate_large") for name in large],
-        [_variant(folder, name, row, seeds) for name, row in variants.items()],
+        [folders.teacher(name, "start" if name in starts else "teacher", "evaluate_teacher") for name in teachers]
+        + [folders.teacher(name, "teacher", "evaluate_fusion") for name in fusions]
+        + [folders.teacher(name, "teacher", "evaluate_large") for name in large],
+        [folders.variant(name, row, seeds) for name, row in variants.items()],
         list(seeds),
         frozenset(baselines),
     )
-    _check_comparable(folder, study)
+    _check_comparable(metrics, study)
     return study
-
-
-def _teacher(folder: Path, name: str, kind: str, stage: str) -> Arm:
-    return Arm(name, kind, stage, {0: _read(folder, name, stage)}, {0: name})
-
-
-def _variant(folder: Path, name: str, row: str, seeds: Sequence[int]) -> Arm:
-    keys = {seed: f"{name}-{seed}" for seed in seeds}
-    runs = {seed: _read(folder, key, "evaluate") for seed, key in keys.items()}
-    return Arm(name, "student", "evaluate", runs, keys, row)
 
 
 def _check_comparable(folder: Path, study: Study) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.results import Arm, ReportError, Study
+from pipeline.report.results import Arm, Study
 from pipeline.report.statistics import Interval, mean_interval, paired_difference
 
 SHOWN = 3  # of the best, and of the worst
@@ -24,11 +24,7 @@ class SceneGain:
 
 
 def scene_gains(study: Study, arm: Arm) -> list[SceneGain]:
-    """The scenes that have truth, the one with the greatest gain first.
-
-    Raises:
-        ReportError: a run was evaluated before scenes had scores; names it and what to run.
-    """
+    """The scenes that have truth, the one with the greatest gain first."""
     own, base = (_scores(other) for other in (arm, study.baseline_of(arm)))
     gains = []
     for entry in scenes_of(arm):
@@ -54,19 +50,8 @@ def fullest(arm: Arm, names: Collection[str]) -> str:
 
 
 def scenes_of(arm: Arm, seed: int | None = None) -> list[dict[str, Any]]:
-    """What evaluation says of each scene, for one seed or the first.
-
-    Raises:
-        ReportError: the run was evaluated before scenes had scores; names it and what to run.
-    """
-    seed = next(iter(arm.runs)) if seed is None else seed
-    try:
-        found: list[dict[str, Any]] = arm.runs[seed]["scenes"]
-    except KeyError:
-        raise ReportError(
-            f"the metrics of {arm.keys[seed]} lack scenes: they are of another version: "
-            f"run `dvc repro {arm.stage}@{arm.keys[seed]}`"
-        ) from None
+    """What evaluation says of each scene, for one seed or the first."""
+    found: list[dict[str, Any]] = (arm.first if seed is None else arm.runs[seed])["scenes"]
     return found
 
 

@@ -40,13 +40,17 @@ class Project:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command that serves until it is stopped."""
+        return subprocess.Popen(command, cwd=self.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
     def profile(self, name: str) -> None:
         """Lay a profile over params.yaml."""
         self.run(sys.executable, "-m", "pipeline", "profile", name)
 
     def repro_until(self, stage: str, reached: Callable[[], bool]) -> str:
         """`dvc repro`, and kill -9 the process of a stage as soon as a condition holds; returns what DVC printed."""
-        log = self.root / "repro.log"
+        log = self.root.with_name("repro.log")  # not in the project, where git would see it
         with log.open("w") as file:
             dvc = subprocess.Popen(["dvc", "repro"], cwd=self.root, env=ENVIRONMENT, stdout=file, stderr=file)
             while not reached():
@@ -63,6 +67,11 @@ class Project:
     def metrics(self) -> dict[str, str]:
         """The metrics files of the study, by name."""
         return {path.name: path.read_text() for path in sorted((self.root / "reports/metrics").glob("*.json"))}
+
+    def evaluations(self) -> dict[str, str]:
+        """What the evaluations say beside the metrics, by run."""
+        found = sorted((self.root / "outputs/predictions").glob("*/evaluation.json"))
+        return {path.parent.name: path.read_text() for path in found}
 
 
 def set_study(params: Path, changes: Mapping[str, Any]) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Project, set_study
+from tests.readme import ACTIVATE, runnable
 
 pytestmark = pytest.mark.xdist_group("e2e")
 
@@ -60,15 +65,18 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
     for out, before in finished.items():
         assert before
         assert state(project, out) == before, f"{out} was made again"
-    killed = project.metrics()
+    killed, evaluations = project.metrics(), project.evaluations()
     students = {f"{variant}-0" for variant in STUDY["variants"]}
     assert killed.keys() == {f"{name}.json" for name in {"lidar", "start", "fusion"} | students}
     assert all({"mAP", "NDS"} <= json.loads(text).keys() for text in killed.values())
+    assert {f"{name}.json" for name in evaluations} == killed.keys()
 
     check_report(project)
     check_second_run_does_nothing(project)
     check_changed_weight_touches_one_variant(project)
-    check_undisturbed_metrics(project, killed)
+    check_undisturbed_metrics(project, killed, evaluations)
+    check_metrics_fit_a_screen(project)
+    check_commands_of_readme(project)
 
 
 def make_small(project: Project) -> None:
@@ -120,7 +128,7 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     assert "teacher@lidar" not in status
 
 
-def check_undisturbed_metrics(project: Project, killed: dict[str, str]) -> None:
+def check_undisturbed_metrics(project: Project, killed: dict[str, str], evaluations: dict[str, str]) -> None:
     """A run from nothing, as a Prefect flow with two stages at once, gives the same metrics byte for byte."""
     for folder in ("outputs", ".scratch", "reports/metrics", ".dvc/cache"):
         project.run("rm", "-rf", folder)
@@ -128,6 +136,56 @@ def check_undisturbed_metrics(project: Project, killed: dict[str, str]) -> None:
     project.run("rm", "-rf", ".dvc/tmp")
     project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2")
     assert project.metrics() == killed
+    assert project.evaluations() == evaluations
+
+
+def check_metrics_fit_a_screen(project: Project) -> None:
+    """`dvc metrics show` prints a line of few columns for each model, and nothing of stores, costs and the summary."""
+    head, *lines = project.run("dvc", "metrics", "show").stdout.strip().splitlines()
+    assert {line.split()[0] for line in lines} == {f"reports/metrics/{name}.json" for name in project.evaluations()}
+    assert len(head.split()) <= 14
+    assert max(map(len, (head, *lines))) <= 200
+
+
+def check_commands_of_readme(project: Project) -> None:
+    """Every command of README.md that can run here does, typed as it stands; git then sees the record of the study."""
+    (project.root / ".venv").symlink_to(sys.prefix)
+    for command in runnable():
+        if command == "make ui":
+            check_pages(project, command)
+        else:
+            project.run("bash", "-ec", f"{ACTIVATE}\n{command}")
+    status = project.run("git", "status", "--short").stdout
+    assert {line.split()[-1] for line in status.splitlines()} == {"params.yaml", "dvc.lock", "reports/"}
+    project.run("make", "clean")
+    assert project.run("git", "status", "--short").stdout == status
+
+
+def check_pages(project: Project, command: str) -> None:
+    """MLflow's pages are served until Ctrl-C; on a free port, as others may use the usual one."""
+    recipe = project.run("make", "--dry-run", f"READY={project.root}", *command.split()[1:]).stdout.strip()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = project.start(*recipe.split(), "--port", str(port))
+    try:
+        deadline = time.monotonic() + 120
+        while (page := read_page(f"http://127.0.0.1:{port}")) is None:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert "MLflow" in page
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)
+
+
+def read_page(address: str) -> str | None:
+    """A page, or None while nobody answers."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return None
 
 
 def test_copy_is_complete(project: Project) -> None:

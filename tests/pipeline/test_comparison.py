@@ -29,14 +29,16 @@ ERRORS = {"mATE": 0.5, "mASE": 0.3, "mAOE": 0.8, "mAVE": 1.1, "mAAE": 0.2}
 
 
 def publish(root: Path, key: str, score: float) -> None:
-    """The metrics and pictures of one model."""
+    """The metrics, the evaluation and the pictures of one model."""
     values = {"AP": score / 2, "ATE": 0.5, "truth": 7, "predicted": 9}
-    run = {"kind": "x", "key": key, "split": "val", "parameters": 1000, "mAP": score / 2, "NDS": score, **ERRORS}
-    run |= {"mAP_present": None, "samples": 4, "boxes": {"truth": 14}, "classes": {"car": values, "bus": values}}
+    run = {"mAP": score / 2, "NDS": score, **ERRORS, "mAP_present": None, "samples": 4, "boxes": {"truth": 14}}
+    run |= {"parameters": 1000}
+    evaluation = {"kind": "x", "key": key, "split": "val", "classes": {"car": values, "bus": values}, "scenes": []}
     (root / "reports/metrics").mkdir(parents=True, exist_ok=True)
     (root / f"reports/metrics/{key}.json").write_text(json.dumps(run))
     folder = root / "outputs/predictions" / key
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
     for name in ("curves.png", "00-bev.png", "00-cameras.jpg"):
         Image.new("RGB", (1200, 600), (len(key), 0, 0)).save(folder / name)
     scene = {"files": {"bev": "00-bev.png", "cameras": "00-cameras.jpg"}}
@@ -89,7 +91,7 @@ def store(database: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 def track(root: Path, **study: Any) -> str:
     params = params_of(**study)
     rows = {name: params.variants[name].row or "" for name in params.study.variants}
-    found = load_study(root / "reports/metrics", ["lidar"], rows, params.study.seeds)
+    found = load_study(root / "reports/metrics", root / "outputs/predictions", ["lidar"], rows, params.study.seeds)
     return comparison.track(root, params, found, {name: {"lidar"} if name == "xod" else set() for name in rows})
 
 

@@ -253,7 +253,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "key"), [("evaluate_teacher", "lidar"), ("evaluate", "two-words-3")])
-def test_the_stage_publishes_equal_bytes_twice(project: Path, params: Params, name: str, key: str) -> None:
+def test_the_stage_publishes_equal_bytes_twice(
+    project: Path, params: Params, nusc: NuScenes, name: str, key: str
+) -> None:
     runs: list[tuple[Any, ...]] = []
     for _ in range(2):
         evaluate.run(context_of(project, params, name, key))
@@ -263,11 +265,18 @@ def test_the_stage_publishes_equal_bytes_twice(project: Path, params: Params, na
     assert {"results_nusc.json", "metrics_summary.json", "metrics_details.json", "curves.png", "pictures.json"} < set(
         runs[0][0]
     )
-    content = json.loads(runs[0][1])
+    headlines = json.loads(runs[0][1])
+    content = json.loads((folder / "evaluation.json").read_text())
+    assert headlines.keys().isdisjoint(content)
+    evaluation = evaluate_submission(nusc, folder / "results_nusc.json", "mini_val")
+    assert {**headlines, **content}.items() >= summary(evaluation).items()  # every number is in one of the two files
+    flat = [value for entry in headlines.values() for value in (entry.values() if isinstance(entry, dict) else [entry])]
+    assert len(flat) == 12
+    assert not any(isinstance(value, str) for value in flat)
     assert content["kind"] == ("teacher" if name == "evaluate_teacher" else "student")
     assert (content["variant"], content["seed"]) == (("lidar", None) if key == "lidar" else ("two-words", 3))
-    assert content["parameters"] > 0
-    assert str(project) not in runs[0][1].decode()
+    assert headlines["parameters"] > 0
+    assert not [path for path in (*folder.glob("*.json"), metrics) if str(project) in path.read_text()]
     (scene,) = json.loads((folder / "pictures.json").read_text())["scenes"]
     assert all((folder / file).exists() for file in scene["files"].values())
     confusion = json.loads((folder / "confusion.json").read_text())

@@ -20,7 +20,7 @@ from data.submission import SampleDetections, build_submission, write_submission
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.report.film import read_film
-from pipeline.report.results import ReportError
+from pipeline.report.results import METRICS, ReportError
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import film
@@ -71,8 +71,10 @@ def evaluated(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True)
         write_submission(build_submission(moved_truth(index, noise), index, "val", {"camera"}), path)
         scores = summary(evaluate_submission(nusc, path, "val"))
-        content = {"kind": "student", "split": "val", "parameters": 1, **scores}
-        (root / f"reports/metrics/{key}.json").write_text(json.dumps(content))
+        metrics = {"parameters": 1, **{name: scores[name] for name in METRICS if name in scores}}
+        (root / f"reports/metrics/{key}.json").write_text(json.dumps(metrics))
+        evaluation = {"kind": "student", "split": "val", "classes": scores["classes"], "scenes": scores["scenes"]}
+        path.with_name("evaluation.json").write_text(json.dumps(evaluation))
     return root
 
 
@@ -104,7 +106,7 @@ def test_the_stage_draws_every_keyframe_of_the_fullest_scene(project: Path, city
     content = run(project, params_of(city))
     folder, index = project / "outputs/film", Index.open(project / "outputs/index")
     rows = film.rows_of_scenes(index, "val")
-    scores = json.loads((project / "reports/metrics/lidar.json").read_text())["scenes"]
+    scores = json.loads((project / "outputs/predictions/lidar/evaluation.json").read_text())["scenes"]
     assert {entry["scene"] for entry in scores} == set(rows)
     assert content["keys"] == ["lidar", "baseline-0", "xfd-0"]
     assert content["scene"] == max(scores, key=lambda entry: entry["boxes"])["scene"]
@@ -118,7 +120,7 @@ def test_the_stage_draws_every_keyframe_of_the_fullest_scene(project: Path, city
     assert {entry["scene"] for entry in content["scenes"]} == set(rows)  # of two scenes one gains more, one less
     tokens = {index.sample(row).token for row in index.rows("val").tolist()}
     assert {entry["token"] for entry in content["scenes"]} < tokens
-    shown = read_film(folder, results(params_of(city), project / "reports/metrics"))
+    shown = read_film(folder, results(params_of(city), project))
     assert (shown.keys, list(shown.stills)) == (content["keys"], [entry["scene"] for entry in content["scenes"]])
 
 
@@ -151,6 +153,7 @@ def test_boxes_come_back_into_the_frame_that_they_left(evaluated: Path) -> None:
 def test_the_film_shows_the_students_own_teacher(project: Path, city: Path) -> None:
     for key, like in (("start", "lidar"), ("fusion", "lidar"), ("simdistill-0", "xfd-0")):
         shutil.copy(project / f"reports/metrics/{like}.json", project / f"reports/metrics/{key}.json")
+        shutil.copytree(project / f"outputs/predictions/{like}", project / f"outputs/predictions/{key}")
     lists = {"teachers": ["start", "lidar"], "fusions": ["fusion"], "parts": {"lidar": "lidar", "camera": "start"}}
     for names, stores, expected in (
         (["baseline", "xfd"], ["fusion", "lidar"], ["lidar", "baseline", "xfd"]),
@@ -158,11 +161,11 @@ def test_the_film_shows_the_students_own_teacher(project: Path, city: Path) -> N
         (["baseline"], ["fusion", "lidar"], ["lidar", "baseline"]),
     ):
         params = params_of(city, **lists, variants=names, stores=stores)
-        cast = film.cast(params, results(params, project / "reports/metrics"))
+        cast = film.cast(params, results(params, project))
         assert [arm.name for arm in cast] == expected
     lists |= {"teachers": [], "fusions": [], "stores": [], "parts": {"lidar": "lidar", "camera": "lidar"}}
     params = params_of(city, **lists, variants=["baseline"])
-    assert [arm.name for arm in film.cast(params, results(params, project / "reports/metrics"))] == ["baseline"]
+    assert [arm.name for arm in film.cast(params, results(params, project))] == ["baseline"]
 
 
 def test_without_a_variant_there_is_no_scene_to_compare(project: Path, city: Path) -> None:
@@ -175,7 +178,12 @@ def test_without_a_variant_there_is_no_scene_to_compare(project: Path, city: Pat
     [
         ("outputs/predictions/xfd-0/results_nusc.json", None, StageError, "is missing: run `dvc repro evaluate@xfd-0`"),
         ("reports/metrics/xfd-0.json", None, ReportError, "is missing: run `dvc repro evaluate@xfd-0`"),
-        ("reports/metrics/xfd-0.json", "scenes", ReportError, r"xfd-0 lack scenes.*run `dvc repro evaluate@xfd-0`"),
+        (
+            "outputs/predictions/xfd-0/evaluation.json",
+            "scenes",
+            ReportError,
+            r"xfd-0/evaluation.json lacks scenes.*run `dvc repro evaluate@xfd-0`",
+        ),
     ],
 )
 def test_what_is_missing_is_named(

@@ -26,7 +26,7 @@ from pipeline.report import Pair, build
 from pipeline.report.build import Report
 from pipeline.report.charts import curve_path, graph, reduced, round_ticks
 from pipeline.report.efficiency import Compression, compression
-from pipeline.report.results import ERRORS, ReportError, load_study
+from pipeline.report.results import ERRORS, EVALUATION, ReportError, load_study
 from pipeline.report.scenes import extremes, scene_gains
 from pipeline.report.significance import probability
 from pipeline.report.statistics import holm, mean_interval, paired_difference
@@ -121,8 +121,22 @@ def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tupl
     }  # fmt: skip
 
 
+def write_run(root: Path, key: str, run: dict[str, Any]) -> None:
+    """The two files of an evaluation: its metrics, and the rest of it beside its predictions."""
+    (root / f"metrics/{key}.json").write_text(json.dumps({k: v for k, v in run.items() if k not in EVALUATION}))
+    path = root / f"predictions/{key}/evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: run[name] for name in EVALUATION}))
+
+
+def read_run(root: Path, key: str) -> dict[str, Any]:
+    """The same two files, together."""
+    files = (root / f"metrics/{key}.json", root / f"predictions/{key}/evaluation.json")
+    return {name: value for file in files for name, value in json.loads(file.read_text()).items()}
+
+
 def make_predictions(rng: np.random.Generator, folder: Path, metrics: dict[str, Any]) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     recall = np.linspace(0, 1, 101)
     details = {}
     for name, values in metrics["classes"].items():
@@ -145,7 +159,7 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
     runs |= {f"{name}-{seed}": ("student", level) for name, level in levels.items() for seed in seeds}
     for key, (kind, level) in runs.items():
         metrics = make_metrics(rng, kind, level, absent)
-        (root / "metrics" / f"{key}.json").write_text(json.dumps(metrics))
+        write_run(root, key, metrics)
         make_predictions(rng, root / "predictions" / key, metrics)
     (root / "metrics/instance.json").write_text(json.dumps(SEGMENTER))
     overlays = root / "predictions/instance"
@@ -179,17 +193,16 @@ def make_film_of(root: Path, keys: list[str]) -> None:
 
 def add_fusion(root: Path, mean_ap: float, score: float) -> None:
     """A fusion teacher with these metrics beside `lidar`, which gets 0.5 and 0.6."""
-    path = root / "metrics/lidar.json"
-    content = {**json.loads(path.read_text()), "mAP": 0.5, "NDS": 0.6}
-    path.write_text(json.dumps(content))
-    (root / "metrics/fusion.json").write_text(json.dumps({**content, "mAP": mean_ap, "NDS": score}))
+    content = {**read_run(root, "lidar"), "mAP": 0.5, "NDS": 0.6}
+    write_run(root, "lidar", content)
+    write_run(root, "fusion", {**content, "mAP": mean_ap, "NDS": score})
     make_predictions(np.random.default_rng(1), root / "predictions/fusion", content)
 
 
 def add_large(root: Path, score: float, alone: float, taught: float, name: str = "giant") -> None:
     """A large teacher with this NDS; the baseline and xfd get theirs, a tenth of the seed's number apart."""
-    content = json.loads((root / "metrics/lidar.json").read_text())
-    (root / f"metrics/{name}.json").write_text(json.dumps({**content, "NDS": score}))
+    content = read_run(root, "lidar")
+    write_run(root, name, {**content, "NDS": score})
     make_predictions(np.random.default_rng(2), root / f"predictions/{name}", content)
     for variant, mean in (("baseline", alone), ("xfd", taught)):
         paths = sorted((root / "metrics").glob(f"{variant}-*.json"))
@@ -374,8 +387,7 @@ def test_classes_and_errors_are_coloured_by_their_difference_to_the_baseline(tmp
     for row in text.partition("<tbody>")[2].split("<tr")[1:]:
         found = re.findall(r'<td class="([^"]*)" style="--a:([\d.]+)" title="[^"]*">([^<]*)</td>', row)
         rows[re.sub(r"<[^>]*>", "", row.partition("</th>")[0]).partition(">")[2].split(" ")[0]] = found
-    runs = {name: [json.loads((tmp_path / f"metrics/{name}-{seed}.json").read_text()) for seed in (0, 1)]
-            for name in VARIANTS}  # fmt: skip
+    runs = {name: [read_run(tmp_path, f"{name}-{seed}") for seed in (0, 1)] for name in VARIANTS}
     means = {
         name: np.mean([[run["classes"][c]["AP"] for c in CLASSES] + [run[e] for e in ERRORS] for run in found], axis=0)
         for name, found in runs.items()
@@ -427,14 +439,13 @@ def test_scenes_are_sorted_by_what_the_best_variant_gains(tmp_path: Path) -> Non
     gains = {"a": 0.3, "b": -0.2, "c": 0.1, "d": 0.0, "e": 0.2, "f": -0.1, "g": 0.05}
     for seed in (0, 1):
         for name, sign in (("baseline", 0), ("xfd", 1)):
-            path = tmp_path / f"metrics/{name}-{seed}.json"
             scenes = [
                 {"scene": scene, "mAP": 0.4 + sign * (gain + 0.01 * seed), "boxes": 5, "samples": 2}
                 for scene, gain in gains.items()
             ]
             scenes.append({"scene": "nothing", "mAP": None, "boxes": 0, "samples": 2})
-            path.write_text(json.dumps({**json.loads(path.read_text()), "scenes": scenes}))
-    study = load_study(tmp_path / "metrics", [], dict.fromkeys(VARIANTS, ""), [0, 1])
+            write_run(tmp_path, f"{name}-{seed}", {**read_run(tmp_path, f"{name}-{seed}"), "scenes": scenes})
+    study = load_study(tmp_path / "metrics", tmp_path / "predictions", [], dict.fromkeys(VARIANTS, ""), [0, 1])
     assert study.best is not None
     found = scene_gains(study, study.best)
     assert [entry.scene for entry in found] == ["a", "e", "c", "g", "d", "f", "b"]
@@ -448,16 +459,6 @@ def test_scenes_are_sorted_by_what_the_best_variant_gains(tmp_path: Path) -> Non
     assert [rows[::5] for rows in shown] == [["a", "e", "c"], ["b", "f", "d"]]
     assert shown[0][1:5] == ["5", "0.400± 0.000", f"0.705± {half:.3f}", f"+0.305± {half:.3f}"]
     assert "Where xfd gains and loses" in report.html
-
-
-@pytest.mark.parametrize("key", ["xfd-1", "baseline-0"])
-def test_metrics_without_scenes_are_named(tmp_path: Path, key: str) -> None:
-    path = make_study(tmp_path, [0, 1]) / f"metrics/{key}.json"
-    content = json.loads(path.read_text())
-    del content["scenes"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ReportError, match=rf"metrics of {key} lack scenes.*run `dvc repro evaluate@{key}`"):
-        make_report(tmp_path, [0, 1])
 
 
 def test_the_film_is_in_the_page_as_it_was_published(tmp_path: Path) -> None:
@@ -823,7 +824,7 @@ def test_what_was_learned_from_the_scored_scenes_is_said(
     split = "val" if "students" in seen else "val[:1]"
     assert seen_by(Index.open(tmp_path / "index"), sources, split) == set(seen)
     make_study(tmp_path, [0, 1])
-    for path in (tmp_path / "metrics").iterdir():
+    for path in (tmp_path / "predictions").glob("*/evaluation.json"):
         path.write_text(path.read_text().replace('"split": "val"', f'"split": "{split}"'))
     report = make_report(tmp_path, [0, 1], learned_from=sources, seen=seen)
     for text in (report.plain, report.markdown):
@@ -915,7 +916,9 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ("metrics/xfd-1.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
         ("metrics/lidar.json", None, "is missing: run `dvc repro evaluate_teacher@lidar`"),
         ("metrics/xfd-1.json", "{", "is not JSON"),
-        ("metrics/xfd-1.json", "{}", "lacks kind, mAP"),
+        ("metrics/xfd-1.json", "{}", "lacks mAP, NDS"),
+        ("predictions/xfd-1/evaluation.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
+        ("predictions/baseline-0/evaluation.json", "{}", "lacks kind, split, classes, scenes: it is of another"),
         ("predictions/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
         ("predictions/xfd-0/00-bev.png", None, "is missing"),
         ("predictions/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
@@ -967,7 +970,7 @@ def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
 
 def test_metrics_of_other_studies_are_left_alone(tmp_path: Path) -> None:
     make_study(tmp_path, [0, 1])
-    study = load_study(tmp_path / "metrics", [], {"baseline": ""}, [1])
+    study = load_study(tmp_path / "metrics", tmp_path / "predictions", [], {"baseline": ""}, [1])
     assert [list(arm.runs) for arm in study.arms] == [[1]]
 
 
