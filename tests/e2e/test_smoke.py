@@ -166,7 +166,7 @@ def check_pages(project: Project, command: str) -> None:
     recipe = project.run("make", "--dry-run", f"READY={project.root}", *command.split()[1:]).stdout.strip()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = project.start(*recipe.split(), "--port", str(port))
+    server = project.start("env", "MLFLOW_WORKERS=1", *recipe.split(), "--port", str(port))
     try:
         deadline = time.monotonic() + 120
         while (page := read_page(f"http://127.0.0.1:{port}")) is None:
