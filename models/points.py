@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmcv.ops import Voxelization
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
 from models.padded_points import lift_padded
+from models.registry import MODELS
 
 
 class PointLift(BaseModule):
