@@ -233,8 +233,9 @@ class SECOND(BaseModule):
         norm_cfg: config of the normalisation.
     """
 
-    def __init__(self, in_channels: int, out_channels: Sequence[int], layer_nums: Sequence[int],
-                 layer_strides: Sequence[int], norm_cfg: Config | None = None) -> None:
+    def __init__(self, in_channels: int = 128, out_channels: Sequence[int] = (128, 128, 256),
+                 layer_nums: Sequence[int] = (3, 5, 5), layer_strides: Sequence[int] = (2, 2, 2),
+                 norm_cfg: Config | None = None) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
         if not len(out_channels) == len(layer_nums) == len(layer_strides):
             raise ValueError(f"SECOND out_channels {list(out_channels)}, layer_nums {list(layer_nums)}, layer_strides "

@@ -33,8 +33,9 @@ class SECONDFPN(BaseModule):
         use_conv_for_no_stride: a level that has the size already gets a convolution, not a transposed one.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int], upsample_strides: Sequence[float],
-                 norm_cfg: dict[str, Any] | None = None, use_conv_for_no_stride: bool = False) -> None:
+    def __init__(self, in_channels: Sequence[int] = (128, 128, 256), out_channels: Sequence[int] = (256, 256, 256),
+                 upsample_strides: Sequence[float] = (1, 2, 4), norm_cfg: dict[str, Any] | None = None,
+                 use_conv_for_no_stride: bool = False) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "ConvTranspose2d"})
         if not len(in_channels) == len(out_channels) == len(upsample_strides):
             raise ValueError(f"SECONDFPN in_channels {list(in_channels)}, out_channels {list(out_channels)}, "

@@ -1,6 +1,6 @@
 """Point clouds to BEV maps, and a CenterPoint detector on such a map, for every sensor that gives points.
 
-Assembled from mmdet3d's registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars after Lang et al., "PointPillars", CVPR
+Assembled from the registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars after Lang et al., "PointPillars", CVPR
 2019.
 """
 
