@@ -11,12 +11,15 @@ LiDAR -> global is the exact inverse of global -> LiDAR although neither keeps t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data.geometry import Float64, inverse, rotation_matrices, transform_points
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def transform_boxes(boxes: Tensor, bev_aug: Tensor) -> Tensor:
@@ -26,6 +29,8 @@ def transform_boxes(boxes: Tensor, bev_aug: Tensor) -> Tensor:
         boxes: [M, 9] or wider; columns from 9 on (scores, labels) are passed through.
         bev_aug: [4, 4] augmented frame <- frame of the boxes.
     """
+    import torch  # late: the other half of this module is for stages that start without it
+
     matrix = bev_aug.to(boxes)
     scale = matrix[2, 2]
     linear = matrix[:2, :2]

@@ -19,6 +19,7 @@ from data.boxes import lidar_boxes_from_global
 from data.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES
 from data.geometry import Float64, se3
 from data.index import CAMERAS, FILE, FORMAT, LIDAR, RADARS, devkit_split, scenes_of_split
+from data.splits import official_splits
 from data.tables import MISSING, Rows, TableError, Tables
 
 RADAR_SWEEPS: Final = 6  # 0.46 s at 13 Hz
@@ -121,8 +122,6 @@ def _keyframes(tables: Tables, split_of_scene: dict[str, str], sweeps: int, rada
 
 def _split_of_scene(tables: Tables, version: str, splits: Sequence[str]) -> dict[str, str]:
     """Scene name -> the devkit's split, for the scenes of the splits, taken whole, that the tables have."""
-    from nuscenes.utils.splits import create_splits_scenes  # the official lists; the devkit takes seconds to import
-
     try:
         parts, splits = splits, sorted({devkit_split(split)[0] for split in splits})
     except ValueError as error:
@@ -138,7 +137,7 @@ def _split_of_scene(tables: Tables, version: str, splits: Sequence[str]) -> dict
             "Set data.splits or data.version."
         )
     present = set(tables["scene"]["name"].to_pylist())
-    official = create_splits_scenes()
+    official = official_splits()
     result: dict[str, str] = {}
     for split in splits:
         scenes = [name for name in official[split] if name in present]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,8 +29,10 @@ from data.boxes import box_corners
 from data.classes import CLASSES
 from data.geometry import inverse
 from data.index import CAMERAS, Index
-from data.instances import ImageInstances
 from data.sensors import read_points
+
+if TYPE_CHECKING:
+    from data.instances import ImageInstances
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]

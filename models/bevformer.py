@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 from models.bev_attention import BEVEncoder, look
 from models.camera import CAMERAS, CameraDetector
 from models.detector import Batch, Prediction
 from models.grid import Grid
+from models.registry import MODELS
 
 
 class BEVEmbeddings(nn.Module):

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from mmdet3d.registry import MODELS
 from torch import Tensor
 
 from models.center_head import GridCenterHead
@@ -23,6 +22,7 @@ from models.grid import Grid
 from models.images import ImageEncoder, depth_at, first, resized, total_channels
 from models.lift import LiftSplat
 from models.radar import RadarMap
+from models.registry import MODELS
 
 CAMERAS = 6
 """Of nuScenes' rig."""

@@ -1,4 +1,8 @@
-"""mmdet3d's CenterHead with targets, loss and decoding that work on all boxes of a batch at once."""
+"""CenterPoint's head, with targets, loss and decoding that work on all boxes of a batch at once.
+
+Yin, Zhou, Kraehenbuehl, CVPR 2021. Weights have the names of mmdet3d's CenterHead, whose import costs seconds
+(models.registry).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
-from mmdet3d.models.dense_heads import CenterHead
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from models.detector import Detections
 from models.grid import Grid
 from models.processes import across_processes, divisor
+from models.registry import MODELS
 from models.targets import TargetEncoder, Targets
 
 REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
@@ -30,7 +32,7 @@ class JointTaskHead(BaseModule):
     """A task head whose branches share one hidden layer and one output convolution.
 
     ``SeparateHead`` runs a pair of 3x3 convolutions per branch; with six tasks of six branches those are most of a
-    small detector's cost. Takes the arguments that CenterHead gives its ``separate_head``.
+    small detector's cost. Takes the arguments of ``SeparateHead``.
     """
 
     def __init__(self, in_channels: int, heads: dict[str, tuple[int, int]], head_conv: int = 32,
@@ -102,7 +104,7 @@ def circle_nms(xy: Tensor, scores: Tensor, radius: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class GridCenterHead(CenterHead):
+class GridCenterHead(BaseModule):
     """CenterPoint head on a :class:`~models.grid.Grid`.
 
     Args:
@@ -120,6 +122,9 @@ class GridCenterHead(CenterHead):
         candidates: most peaks per class that decoding considers.
         max_detections: most boxes per sample.
         score_threshold: boxes at or below it are dropped.
+        norm_bbox: sizes are logarithms.
+        num_heatmap_convs: as ``branch_convs``, of the heatmap's branch.
+        norm_cfg: config of the normalisation of the shared convolution.
     """
 
     def __init__(self, grid: dict[str, Any], tasks: list[list[str]], in_channels: int, *,
@@ -127,49 +132,44 @@ class GridCenterHead(CenterHead):
                  min_radius: int | list[int] = 2, gaussian_overlap: float = 0.1,
                  code_weights: Sequence[float] = (1.0,) * 10, box_weight: float = 0.25,
                  nms_radius: float | list[float] = 0.5, candidates: int = 200, max_detections: int = 500,
-                 score_threshold: float = 0.01, **kwargs: Any) -> None:
-        grid_ = Grid(**grid)
-        margin = grid_.range + 10.0
-        super().__init__(
-            in_channels=in_channels,
-            tasks=[{"num_class": len(names), "class_names": list(names)} for names in tasks],
-            common_heads={name: (channels, branch_convs) for name, channels in REGRESSION.items()},
-            separate_head=dict(separate_head or {"type": "JointTaskHead"}),
-            share_conv_channel=share_conv_channel,
-            bbox_coder={"type": "CenterPointBBoxCoder", "pc_range": grid_.point_cloud_range[:2], "out_size_factor": 1,
-                        "voxel_size": [grid_.cell, grid_.cell], "max_num": candidates, "code_size": 9,
-                        "post_center_range": [-margin, -margin, -10.0, margin, margin, 10.0],
-                        "score_threshold": score_threshold},
-            **kwargs,
-        )
-        classes = sum(self.num_classes)
-        self.grid = grid_
-        self.targets = TargetEncoder(grid_, tuple(self.num_classes), per_class(min_radius, classes), gaussian_overlap,
-                                     norm_bbox=self.norm_bbox)
+                 score_threshold: float = 0.01, norm_bbox: bool = True, num_heatmap_convs: int = 2,
+                 norm_cfg: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.grid = Grid(**grid)
+        self.class_names = [list(names) for names in tasks]
+        sizes = tuple(len(names) for names in tasks)
+        classes = sum(sizes)
+        self.targets = TargetEncoder(self.grid, sizes, per_class(min_radius, classes), gaussian_overlap,
+                                     norm_bbox=norm_bbox)
         if len(code_weights) != 10:
             raise ValueError(f"head code_weights {list(code_weights)} must be ten numbers")
         self.code_weights, self.box_weight = tuple(code_weights), box_weight
         self.nms_radius = per_class(nms_radius, classes)
         if len(self.nms_radius) != classes:
             raise ValueError(f"head nms_radius has {len(self.nms_radius)} entries for {classes} classes")
-        self.max_detections = max_detections
+        self.candidates, self.max_detections, self.score_threshold = candidates, max_detections, score_threshold
+        margin = self.grid.range + 10.0
+        self.center_range = (-margin, -margin, -10.0, margin, margin, 10.0)
+
+        norm_cfg = norm_cfg or {"type": "BN2d"}
+        self.shared_conv = ConvModule(in_channels, share_conv_channel, 3, padding=1, norm_cfg=norm_cfg)
+        branches = {name: (channels, branch_convs) for name, channels in REGRESSION.items()}
+        self.task_heads = nn.ModuleList(
+            MODELS.build({"type": "JointTaskHead", **(separate_head or {}), "in_channels": share_conv_channel,
+                          "heads": branches | {"heatmap": (size, num_heatmap_convs)}, "num_cls": size})
+            for size in sizes)
 
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
         """Maps of each task from a feature map [B, in_channels, H, W]; float32, so that losses and boxes are."""
-        return [{name: value.float() for name, value in task.items()} for task in self.forward_single(x)]
+        shared = self.shared_conv(x)
+        return [{name: value.float() for name, value in task(shared).items()} for task in self.task_heads]
 
     def init_weights(self) -> None:
-        """Initialise the task heads too: mmengine passes over plain module lists, mmdet3d's head keeps its default."""
+        """Initialise the task heads too: mmengine passes over plain module lists."""
         super().init_weights()
         for task in self.task_heads:
+            assert isinstance(task, BaseModule)
             task.init_weights()
-
-    def get_targets(self, batch_gt_instances_3d: list[InstanceData]) -> tuple[list[Tensor], ...]:
-        """mmdet3d's interface to :class:`~models.targets.TargetEncoder`: heatmaps, codes, cells and masks by task."""
-        targets = self.targets([gt.bboxes_3d.tensor for gt in batch_gt_instances_3d],
-                               [gt.labels_3d for gt in batch_gt_instances_3d])
-        heatmaps = list(targets.heatmap.split(self.num_classes, dim=1))
-        return heatmaps, *(list(values.unbind(1)) for values in (targets.code, targets.cell, targets.valid.byte()))
 
     def losses(self, head: list[dict[str, Tensor]], targets: Targets) -> dict[str, Tensor]:
         """Gaussian focal and L1 losses, each the sum over tasks of a mean over that task's objects.
@@ -197,13 +197,13 @@ class GridCenterHead(CenterHead):
         """Best cells of each class of a task as boxes [B, C, K, 9] with centred z, and scores [B, C, K]."""
         heat = task["heatmap"].sigmoid()
         classes, height, width = heat.shape[1:]
-        scores, cell = heat.flatten(2).topk(min(self.bbox_coder.max_num, height * width), dim=-1)
+        scores, cell = heat.flatten(2).topk(min(self.candidates, height * width), dim=-1)
         maps = torch.cat([task[name] for name in REGRESSION], dim=1)
         code = gather_cells(maps.unsqueeze(1).expand(-1, classes, -1, -1, -1), cell)
         offset, z, size, rot, velocity = code.split(list(REGRESSION.values()), dim=-1)
         column_row = torch.stack([cell % width, torch.div(cell, width, rounding_mode="floor")], dim=-1)
         xy = (column_row + offset) * self.grid.cell - self.grid.range
-        size = size.clamp(max=MAX_LOG_SIZE).exp() if self.norm_bbox else size
+        size = size.clamp(max=MAX_LOG_SIZE).exp() if self.targets.norm_bbox else size
         yaw = torch.atan2(rot[..., :1], rot[..., 1:])
         return torch.cat([xy, z, size, yaw, velocity], dim=-1), scores
 
@@ -212,9 +212,9 @@ class GridCenterHead(CenterHead):
         """Boxes of each sample after circle NMS inside each class, best first."""
         parts = [self._candidates(task) for task in head]
         boxes, scores = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
-        limits = boxes.new_tensor(self.bbox_coder.post_center_range)
+        limits = boxes.new_tensor(self.center_range)
         good = ((boxes[..., :3] >= limits[:3]) & (boxes[..., :3] <= limits[3:])).all(-1)
-        scores = scores * (good & (scores > self.bbox_coder.score_threshold))
+        scores = scores * (good & (scores > self.score_threshold))
         radius = boxes.new_tensor(self.nms_radius).expand(scores.shape[:2])
         scores = scores * circle_nms(boxes[..., :2], scores, radius)
         boxes = torch.cat([boxes[..., :2], boxes[..., 2:3] - boxes[..., 5:6] * 0.5, boxes[..., 3:]], dim=-1)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
+from models.backbones import BasicBlock
 from models.processes import divisor
 
 CAMERA_PARAMETERS = 22

@@ -10,10 +10,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from models.registry import MODELS
 from models.targets import TargetEncoder
 
 
@@ -131,7 +131,7 @@ def initialise(*modules: BaseModule) -> None:
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:
-    """Build a detector from a config dict through mmdet3d's registry, with its weights initialised.
+    """Build a detector from a config dict through the registry, with its weights initialised.
 
     Raises:
         ValueError: if ``type`` is missing or not a detector of this project.
@@ -145,7 +145,8 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     from models.memory_layout import read_any_layout
 
     name = config.get("type")
-    if not isinstance(name, str) or MODELS.get(name) is None or not issubclass(MODELS.get(name), Detector):
+    kind = MODELS.get(name) if isinstance(name, str) else None
+    if kind is None or not issubclass(kind, Detector):
         raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
                          "BEVFormer, BEVFusion or SimulatedFusion")
     detector = MODELS.build(copy.deepcopy(dict(config)))

@@ -11,12 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 from models.camera import CameraDetector, view_channels
 from models.detector import Batch, Prediction
 from models.lidar import LidarMap
+from models.registry import MODELS
 
 
 class ConvFuser(nn.Module):

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor
 
 import models.backbones
 import models.necks  # noqa: F401 (registers them)
 from models.detector import Batch
+from models.registry import MODELS
 
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmdet3d.registry import MODELS
 from torch import Tensor
 
 from models.detector import Batch
 from models.grid import Grid
 from models.points import PointCenterPoint, PointLift
+from models.registry import MODELS
 
 LIDAR_FEATURES = 5
 """Of a point: x, y, z, intensity, seconds into the past."""

@@ -1,21 +1,59 @@
-"""The necks of BEVFusion's published code, which mmdet3d's wheel lacks: of its images and of its decoder.
+"""SECOND's neck, and those of BEVFusion's published code, which mmdet3d's wheel lacks: of its images, of its decoder.
 
-Liu et al., "BEVFusion: Multi-Task Multi-Sensor Fusion with Unified Bird's-Eye View Representation", ICRA 2023. Both
-concatenate levels where an FPN adds them.
+`SECONDFPN` is mmdet3d's, with the same arguments, weights and draws (see models.registry). The others are of Liu et
+al., "BEVFusion: Multi-Task Multi-Sensor Fusion with Unified Bird's-Eye View Representation", ICRA 2023. All concatenate
+levels where an FPN adds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule
-from mmdet3d.registry import MODELS
+from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from models.registry import MODELS
+
 NORM = {"type": "BN2d"}
+
+
+@MODELS.register_module()
+class SECONDFPN(BaseModule):
+    """Every level brought to one size, then concatenated. Yan et al., "SECOND", Sensors 2018.
+
+    Args:
+        in_channels: of each level.
+        out_channels: of each level's part of the result.
+        upsample_strides: cells of the result per cell of each level and axis; 0.5 halves a level that is too fine.
+        norm_cfg: config of the normalisation.
+        use_conv_for_no_stride: a level that has the size already gets a convolution, not a transposed one.
+    """
+
+    def __init__(self, in_channels: Sequence[int] = (128, 128, 256), out_channels: Sequence[int] = (256, 256, 256),
+                 upsample_strides: Sequence[float] = (1, 2, 4), norm_cfg: dict[str, Any] | None = None,
+                 use_conv_for_no_stride: bool = False) -> None:
+        super().__init__(init_cfg={"type": "Kaiming", "layer": "ConvTranspose2d"})
+        if not len(in_channels) == len(out_channels) == len(upsample_strides):
+            raise ValueError(f"SECONDFPN in_channels {list(in_channels)}, out_channels {list(out_channels)}, "
+                             f"upsample_strides {list(upsample_strides)}: give one of each per level")
+        norm_cfg = norm_cfg or {"type": "BN", "eps": 1e-3, "momentum": 0.01}
+        self.deblocks = nn.ModuleList()
+        for before, after, stride in zip(in_channels, out_channels, upsample_strides, strict=True):
+            resize: nn.Module
+            if stride > 1 or (stride == 1 and not use_conv_for_no_stride):
+                resize = nn.ConvTranspose2d(before, after, int(stride), int(stride), bias=False)
+            else:
+                step = round(1 / stride)
+                resize = nn.Conv2d(before, after, step, step, bias=False)
+            self.deblocks.append(nn.Sequential(resize, build_norm_layer(norm_cfg, after)[1], nn.ReLU(inplace=True)))
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """One map [B, sum of out_channels, H, W] of as many levels as there are in_channels."""
+        return [torch.cat([deblock(level) for deblock, level in zip(self.deblocks, levels, strict=True)], dim=1)]
 
 
 @MODELS.register_module()

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from mmdet3d.models.middle_encoders import PointPillarsScatter
 from torch import Tensor
 
-from models.pillars import PointwisePillarNet
+from models.pillars import PointPillarsScatter, PointwisePillarNet
 
 if TYPE_CHECKING:
     from models.points import PointLift

@@ -1,15 +1,17 @@
-"""A pillar encoder that spends nothing on empty slots."""
+"""A pillar encoder that spends nothing on empty slots, and the map that pillars are laid out on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+
+from models.registry import MODELS
 
 
 @MODELS.register_module()
@@ -73,3 +75,25 @@ class PointwisePillarNet(BaseModule):
         if not (isinstance(norm, nn.BatchNorm1d) and norm.training and len(features) < 2):
             return norm(features)
         return F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+@MODELS.register_module()
+class PointPillarsScatter(nn.Module):
+    """Pillars laid out on a map, zero where there is none: mmdet3d's, of which one part costs all (models.registry).
+
+    Args:
+        in_channels: features of a pillar.
+        output_shape: cells of the map along y and x.
+    """
+
+    def __init__(self, in_channels: int, output_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.ny, self.nx = output_shape
+
+    def forward(self, features: Tensor, coordinates: Tensor, samples: int) -> Tensor:
+        """The map [samples, in_channels, ny, nx] of features [V, C] and coordinates [V, 4] (sample, z, y, x)."""
+        sample, _, y, x = coordinates.long().unbind(1)
+        canvas = features.new_zeros(samples, self.in_channels, self.ny * self.nx)
+        canvas[sample, :, y * self.nx + x] = features
+        return canvas.unflatten(2, (self.ny, self.nx))

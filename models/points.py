@@ -1,6 +1,6 @@
 """Point clouds to BEV maps, and a CenterPoint detector on such a map, for every sensor that gives points.
 
-Assembled from mmdet3d's registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars after Lang et al., "PointPillars", CVPR
+Assembled from the registry. Yin, Zhou, Kraehenbuehl, CVPR 2021; pillars after Lang et al., "PointPillars", CVPR
 2019.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmcv.ops import Voxelization
-from mmdet3d.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from models.center_head import GridCenterHead
 from models.detector import Batch, Detections, Detector, Prediction, head_map
 from models.grid import Grid
 from models.padded_points import lift_padded
+from models.registry import MODELS
 from models.sparse_convolution import require_spconv
 
 

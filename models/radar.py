@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmdet3d.registry import MODELS
 from torch import Tensor
 
 from models.detector import Batch
 from models.grid import Grid
 from models.points import PointCenterPoint, PointLift
+from models.registry import MODELS
 
 RADAR_SCALE = (1.0, 1.0, 1.0, 20.0, 10.0, 10.0, 0.5)
 """x, y, z stay metres, in which pillars are cut; cross section in 20 dBsm, velocity in 10 m/s, age in 0.5 s."""

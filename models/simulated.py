@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 from models.camera import CameraDetector, view_channels
 from models.deformable import GeometryCompensation
 from models.detector import Batch, Prediction
 from models.fusion import ConvFuser
+from models.registry import MODELS
 
 
 @MODELS.register_module()

@@ -19,8 +19,6 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +34,8 @@ from pipeline.schedule import learning_rate
 from pipeline.seeding import STEP, make_deterministic, seed_everything
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
     from pipeline.params import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,10 @@ def class_balance(classes: Callable[[], Sequence[Iterable[int]]] | None, label: 
 
 def make_fabric(precision: Any) -> Fabric:
     """Fabric on this process's device: CUDA if there is one; the processes of torchrun if it started this one."""
+    # Late: Fabric brings torch._dynamo, seconds of CPU time, and several stages read this module without training.
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # Unused parameters are looked for because terms may start late; it also keeps DDP from regrouping its buckets

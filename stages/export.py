@@ -272,14 +272,14 @@ def decoding(detector: Detector) -> dict[str, Any]:
     """All numbers that decoding head maps needs; docs/export.md has the steps."""
     head = detector.head
     assert isinstance(head, GridCenterHead)
-    coder, grid = head.bbox_coder, head.grid
+    grid = head.grid
     return {
         "grid": {"range": grid.range, "cell": grid.cell, "size": grid.size},
         "tasks": head.class_names,
-        "candidates": coder.max_num,
-        "score_threshold": coder.score_threshold,
-        "center_range": list(coder.post_center_range),
-        "log_size": head.norm_bbox,
+        "candidates": head.candidates,
+        "score_threshold": head.score_threshold,
+        "center_range": list(head.center_range),
+        "log_size": head.targets.norm_bbox,
         "largest_log_size": MAX_LOG_SIZE,
         "nms_radius": list(head.nms_radius),
         "most_boxes": head.max_detections,

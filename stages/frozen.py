@@ -24,7 +24,6 @@ from pipeline.loading import load_weights
 from pipeline.params import Params, StoreParams
 from pipeline.stage import StageError
 from stages.inputs import camera_dataset, grown_grid, plain_dataset
-from stages.instances import InstanceFinder
 from stages.serving import box_rows
 from stages.weights import CONFIG, load_detector, without_checkpoints
 
@@ -168,6 +167,8 @@ class FrozenSegmenter:
 
     def __init__(self, root: Path, params: Params, store: StoreParams, folder: Path, device: torch.device) -> None:
         """Load the segmenter; see `freeze`."""
+        from stages.instances import InstanceFinder  # late: it brings all of mmdet, which no detector needs
+
         self.finder, self.device = InstanceFinder.load(folder, device, store.score_threshold), device
         self.dataset = camera_dataset(root, params, params.data.splits.train, self.finder.size)
 

@@ -15,7 +15,8 @@ from typing import Any, Final
 from data.index import Index
 from pipeline import comparison, graph
 from pipeline.params import Params
-from pipeline.report import Pair, build
+from pipeline.report.build import build
+from pipeline.report.efficiency import Pair
 from pipeline.stage import StageContext
 from stages.lineage import results, starts, teachers_of
 

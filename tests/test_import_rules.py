@@ -94,3 +94,33 @@ def test_the_graph_is_read_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+HEAVY = ["torch", "mmengine", "mlflow", "prefect", "nuscenes", "pandas", "sklearn", "lightning_fabric"]
+NOT_AT_START = {
+    # These run no model. `film` and `report` draw and compute, so that they have matplotlib or scipy.
+    ("needs", "prepare", "generate"): [*HEAVY, "matplotlib", "scipy", "cv2", "PIL", "jinja2"],
+    ("film", "report"): HEAVY,
+    # torch.distributed.fsdp cannot be in this list: mmengine.model, the base of all modules, imports it.
+    ("teacher", "fusion", "large", "extract", "distill"): [
+        *(name for name in HEAVY if name not in ("torch", "mmengine")),
+        "mmdet.models", "mmdet3d.models", "matplotlib", "torch._dynamo",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "idle"), NOT_AT_START.items(), ids=lambda value: value[0])
+def test_a_stage_starts_without_what_it_does_not_use(stages: tuple[str, ...], idle: list[str]) -> None:
+    """The parts that the demo's models are made of are built, too, as they come by name."""
+    code = f"""
+import sys
+import {", ".join(f"stages.{name}" for name in stages)}
+if "models.detector" in sys.modules:
+    from pipeline.params import read_yaml
+    from models.detector import build_detector
+    for teacher in read_yaml(__import__("pathlib").Path("params.yaml"))["teachers"].values():
+        build_detector(teacher["model"])
+print([name for name in {idle} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr

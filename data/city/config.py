@@ -46,3 +46,13 @@ class CityConfig:
             raise ValueError(f"city.image is {list(self.image)}; allowed: height 16 to 1600, width 32 to 1600")
         if self.train_scenes + self.val_scenes == 0:
             raise ValueError("city.train_scenes and city.val_scenes are both 0; at least one scene is needed")
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """Which scene to make."""
+
+    name: str  # nuScenes scene name
+    split: str  # "train" or "val"
+    keyframes: int
+    index: int  # position in the city; sets the date

@@ -18,9 +18,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from data.city.config import CityConfig
-from data.city.scene import ScenePlan, SceneWriter
+from data.city.config import CityConfig, ScenePlan
 from data.city.schema import SHARED, TABLES, Record, coco_categories, shared_tables
+from data.splits import official_splits
 
 Progress = Callable[[int, str], None]
 """Called with the number of scenes done and the name of the latest."""
@@ -34,11 +34,9 @@ def plan_scenes(config: CityConfig, version: str) -> list[ScenePlan]:
     Raises:
         ValueError: the version is not one of the two.
     """
-    from nuscenes.utils.splits import create_splits_scenes  # here: its imports take seconds, and no worker needs it
-
     if version not in _SPLITS:
         raise ValueError(f"no city can be made for version {version!r}; allowed: {', '.join(_SPLITS)}")
-    names = create_splits_scenes()
+    names = official_splits()
     counts = (config.train_scenes, config.val_scenes) if version == "v1.0-trainval" else (None, None)
     plans: list[ScenePlan] = []
     for split, source, count in zip(("train", "val"), _SPLITS[version], counts, strict=True):
@@ -134,6 +132,8 @@ def _die_with_parent(parent: int) -> None:
 
 def make_scene(plan: ScenePlan, config: CityConfig, store: Path) -> str:
     """Make one scene below a hidden folder and rename it into place; return its name."""
+    from data.city.scene import SceneWriter  # late: ray caster, OpenCV and scipy, which only the workers need
+
     partial = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", dir=store))
     SceneWriter(plan, config, partial).write()
     partial.chmod(0o755)

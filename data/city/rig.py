@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 Array = NDArray[np.float64]
 
@@ -84,6 +83,8 @@ def upright_quaternion(yaw: float) -> list[float]:
 
 def quaternion(rotation: Array) -> list[float]:
     """Return w, x, y, z of a rotation matrix, w >= 0."""
+    from scipy.spatial.transform import Rotation  # late: the process that plans a city reads the names of channels only
+
     x, y, z, w = Rotation.from_matrix(rotation).as_quat(canonical=True)
     return [float(w), float(x), float(y), float(z)]
 
@@ -99,7 +100,7 @@ def cameras(image: tuple[int, int]) -> list[Sensor]:
     camera_axes = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # of (right, down, forward), in (x, y, z)
     sensors = []
     for channel, (x, y, z, heading, focal, cx, cy) in _CAMERAS.items():
-        rotation = Rotation.from_euler("z", heading, degrees=True).as_matrix() @ camera_axes
+        rotation = _turn(heading) @ camera_axes
         f = focal * scale
         intrinsic = np.array([[f, 0, cx * scale], [0, f, cy * scale - cut], [0, 0, 1]])
         sensors.append(Sensor(channel, np.array([x, y, z]), rotation, intrinsic))
@@ -107,8 +108,14 @@ def cameras(image: tuple[int, int]) -> list[Sensor]:
 
 
 def _upright(channel: str, x: float, y: float, z: float, heading: float) -> Sensor:
-    rotation = Rotation.from_euler("z", heading, degrees=True).as_matrix()
-    return Sensor(channel, np.array([x, y, z]), rotation, None)
+    return Sensor(channel, np.array([x, y, z]), _turn(heading), None)
+
+
+def _turn(degrees: float) -> Array:
+    """Return the rotation matrix of a turn to the left about z."""
+    from scipy.spatial.transform import Rotation  # late: as in `quaternion`
+
+    return np.asarray(Rotation.from_euler("z", degrees, degrees=True).as_matrix())
 
 
 def lidar() -> Sensor:

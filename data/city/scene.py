@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from data.city import lidar, radar, rig
 from data.city.camera import Renderer, visible_fractions
-from data.city.config import CityConfig
+from data.city.config import CityConfig, ScenePlan
 from data.city.raycast import Snapshot
 from data.city.schema import CLASS_OF_CATEGORY, DETECTION_CLASSES, Record, token, visibility_token
 from data.city.world import World
@@ -37,16 +36,6 @@ _SCENE_TABLES = (
     "sample_annotation",
     "map",
 )
-
-
-@dataclass(frozen=True)
-class ScenePlan:
-    """Which scene to make."""
-
-    name: str  # nuScenes scene name
-    split: str  # "train" or "val"
-    keyframes: int
-    index: int  # position in the city; sets the date
 
 
 class SceneWriter:

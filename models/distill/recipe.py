@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from models.detector import Batch, Prediction
 from models.distill.adversarial import AdversarialTerm
 from models.distill.features import MapTerm, check_tasks
-from models.distill.instances import InstanceTerm
 from models.distill.output import BoxTerm, HeadTerm
 from models.distill.relations import RELATIONS
 from models.distill.term import Term
@@ -98,6 +97,8 @@ def build_term(config: TermConfig, targets: TargetEncoder, student_channels: Map
     if config.distance == "maskrcnn":
         if stride is None:
             raise ValueError("maskrcnn learns in the image: the student has no image neck")
+        from models.distill.instances import InstanceTerm  # late: it brings all of mmdet, which no other term needs
+
         return InstanceTerm(config, _channels(config.student, student_channels, "the student"), stride, targets.classes)
     if tap == "boxes":
         return BoxTerm(config, targets)

@@ -21,6 +21,7 @@ from data.blobs import BlobError
 from data.build import build_index
 from data.classes import ATTRIBUTES, CLASSES
 from data.index import CAMERAS, FILE, LIDAR, Index, IndexFormatError
+from data.splits import official_splits
 from data.tables import TableError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,3 +332,7 @@ def test_a_keyframe_without_a_camera_is_broken(copy: Path, made_index: Index, tm
 def test_real_keyframes_have_no_radar(real_dataroot: Path, tmp_path: Path) -> None:
     with pytest.raises(BlobError, match=r"(?s)2 samples .*no RADAR_FRONT record"):
         build_index(real_dataroot, *MINI, tmp_path, radar=True)
+
+
+def test_official_splits_are_the_devkits() -> None:
+    assert official_splits() == create_splits_scenes()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import models.backbones  # noqa: F401 (registers them)
+from models.registry import MODELS
 
 SMALL = {"depth": 18, "base_channels": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 0, "norm_eval": False}
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.ops import MultiScaleDeformableAttention
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +27,7 @@ from models.bev_attention import (
 from models.bevformer import BEVEmbeddings, BEVFormer
 from models.detector import build_detector
 from models.grid import Grid
+from models.registry import MODELS
 from tests.models.factory import bevformer_config, random_batch, read_by, trained
 
 CHANNELS, SIDE, HEADS, POINTS, HEIGHTS = 12, 6, 3, 2, [-1.5, -0.5]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 import models.necks  # noqa: F401 (registers them)
+from models.registry import MODELS
 
 
 def block(weights: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:

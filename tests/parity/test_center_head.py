@@ -59,6 +59,13 @@ def random_boxes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return boxes, torch.randint(0, 10, (count,), generator=generator)
 
 
+def targets_by_task(head: GridCenterHead, batch: list[InstanceData]) -> tuple[list[Tensor], ...]:
+    """Our targets as mmdet3d's `get_targets` returns its own: heatmaps, codes, cells and masks by task."""
+    targets = head.targets([gt.bboxes_3d.tensor for gt in batch], [gt.labels_3d for gt in batch])
+    heatmaps = list(targets.heatmap.split([len(task) for task in head.class_names], dim=1))
+    return heatmaps, *(list(values.unbind(1)) for values in (targets.code, targets.cell, targets.valid.byte()))
+
+
 def assert_same_targets(ours: tuple[list[Tensor], ...], theirs: tuple[list[Tensor], ...]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for task_mine, task_other in zip(mine, other, strict=True):
@@ -69,13 +76,13 @@ def assert_same_targets(ours: tuple[list[Tensor], ...], theirs: tuple[list[Tenso
 def test_targets_equal_on_random_boxes(cell: float, radius: int) -> None:
     ours, theirs = heads(cell, radius)
     batch = [instances(*random_boxes(count, seed)) for seed, count in enumerate((60, 0, 25, 1))]
-    assert_same_targets(ours.get_targets(batch), theirs.get_targets(batch))
+    assert_same_targets(targets_by_task(ours, batch), theirs.get_targets(batch))
 
 
 def test_targets_equal_without_any_box() -> None:
     ours, theirs = heads(1.6, 1)
     batch = [instances(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long))] * 2
-    assert_same_targets(ours.get_targets(batch), theirs.get_targets(batch))
+    assert_same_targets(targets_by_task(ours, batch), theirs.get_targets(batch))
 
 
 def real_instances(dataroot: Path) -> list[InstanceData]:
@@ -101,7 +108,19 @@ def test_targets_equal_on_the_real_keyframes(real_dataroot: Path) -> None:
     assert sum(len(sample.labels_3d) for sample in batch) > 60
     for cell, radius in ((1.6, 1), (0.8, 2)):
         ours, theirs = heads(cell, radius)
-        assert_same_targets(ours.get_targets(batch), theirs.get_targets(batch))
+        assert_same_targets(targets_by_task(ours, batch), theirs.get_targets(batch))
+
+
+def test_weights_and_maps_equal() -> None:
+    """The same draws under the same names, so that a checkpoint of either fits the other."""
+    torch.manual_seed(0)
+    ours, theirs = heads(1.6, 1)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 16, 16)
+    for mine, other in zip(ours(x), theirs.forward_single(x), strict=True):
+        assert list(mine) == list(other)
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
 def random_maps(tasks: list[list[str]], size: int, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -22,10 +22,9 @@ from data.classes import CLASSES
 from data.index import Index
 from pipeline.graph import Node
 from pipeline.params import Params, merge, read_yaml
-from pipeline.report import Pair, build
-from pipeline.report.build import Report
+from pipeline.report.build import Report, build
 from pipeline.report.charts import curve_path, graph, reduced, round_ticks
-from pipeline.report.efficiency import Compression, compression
+from pipeline.report.efficiency import Compression, Pair, compression
 from pipeline.report.results import ERRORS, EVALUATION, ReportError, load_study
 from pipeline.report.scenes import extremes, scene_gains
 from pipeline.report.significance import probability
