@@ -167,7 +167,8 @@ class ResNet(BaseModule):
             self.init_cfg = [{"type": "Kaiming", "layer": "Conv2d"},
                              {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]}]
             block_init = {"type": "Constant", "val": 0, "override": {"name": block.last_norm}}
-        self.out_indices, self.frozen_stages, self.norm_eval = tuple(out_indices), frozen_stages, norm_eval
+        self.depth, self.out_indices = depth, tuple(out_indices)
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.conv1 = build_conv_layer(None, in_channels, base_channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(norm_cfg, base_channels)
         self.relu = nn.ReLU(inplace=True)
