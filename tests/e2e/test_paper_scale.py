@@ -39,7 +39,7 @@ from stages.sources import OnlineTeacher
 from stages.teacher import Supervised
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("paper")
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("paper")]
 VERSION, SPLIT = "v1.0-mini", "mini_train"
 CONFIGS, IMAGE_CONFIGS = (Path(package.__file__).parent / ".mim/configs" for package in (mmdet3d, mmdet))
 ROWS = {"A0": 0, "A1": 2, "A2": 1, "A3": 1, "A4": 4, "A5": 1, "A6": 5}

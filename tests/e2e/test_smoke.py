@@ -47,6 +47,7 @@ def state(project: Project, out: str) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(1800)
 def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
     """kill -9 in teachers, extraction and distillation: nothing finished is made again, and the metrics are equal."""

@@ -1,9 +1,8 @@
-"""The studies of the methods at smoke size, by the commands behind `make study`."""
+"""The studies of the methods at smoke size. How DVC and the flow run a study is in test_smoke.py."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import pytest
 
 from pipeline.params import load_params
 from tests.e2e.conftest import Project
+from tests.e2e.forks import run_all
+
+pytestmark = pytest.mark.whole
 
 
 @pytest.mark.timeout(2400)
@@ -30,15 +32,15 @@ def test_studies_run_all_their_rows_and_share_the_rest(project: Project) -> None
 
 
 def run_study(project: Project, name: str) -> set[str]:
-    """Lay a study over params.yaml and run it; every variant is trained, scored and in the table.
+    """Lay a study over params.yaml and run its stages; every variant is trained, scored and in the table.
 
     Returns:
-        The stages that DVC ran.
+        The stages that ran.
     """
     project.run(sys.executable, "-m", "pipeline", "study", name, "--profile", "smoke")
-    output = project.run(sys.executable, "-m", "pipeline", "run", "--max-parallel", "2").stdout
+    ran = run_all(project.root)
     check_table(project.root)
-    return set(re.findall(r"Running stage '(.*)'", output))
+    return ran
 
 
 def check_table(root: Path) -> None:
