@@ -525,7 +525,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         redaction.learn(text)
-        loaded = YAML(typ="safe", pure=True).load(text)
+        loaded = YAML(typ="safe").load(text)
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist") from None
     except YAMLError as error:

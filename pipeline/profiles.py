@@ -75,14 +75,14 @@ def apply_overlays(overlays: Sequence[tuple[str, str]], root: Path, what: str) -
 
 def section(text: str, name: str) -> str:
     """What stands behind the colon of a section of a YAML file, tags and comments kept."""
-    key, value = next((key, value) for key, value in YAML().compose(text).value if key.value == name)
+    key, value = next((key, value) for key, value in YAML(typ="safe").compose(text).value if key.value == name)
     return text[key.end_mark.index + 1 : _end(value, key, text)]
 
 
 def lay_over(base: str, overlay: str, name: str) -> str:
     """The text of `base` with the values that `overlay` sets. Raises ProfileError, naming the overlay and the key."""
     try:
-        base_node, overlay_node = YAML().compose(base), YAML().compose(overlay)
+        base_node, overlay_node = YAML(typ="safe").compose(base), YAML(typ="safe").compose(overlay)
     except YAMLError as error:
         raise ProfileError(f"{name} is not valid YAML: {error}") from None
     edits = list(_edits(base_node, overlay_node, "", (base, overlay, name)))
@@ -104,20 +104,27 @@ def _edits(
         if key.value not in known:
             raise ProfileError(f"{name}: {path} is not in params.yaml; keys there: {', '.join(known)}")
         old_key, old = known[key.value]
+        anchor = _anchor(old_key, base_text)
         both_dicts = isinstance(old, MappingNode) and isinstance(value, MappingNode)
         if both_dicts and value.tag != _REPLACE:
             if old.start_mark.index < old_key.start_mark.index:
                 raise ProfileError(
-                    f"{name}: {path} is an alias (*{old.anchor}) in params.yaml: set it where &{old.anchor} is"
+                    f"{name}: {path} is an alias (*{anchor}) in params.yaml: set it where &{anchor} is"
                 )
             yield from _edits(old, value, f"{path}.", texts)
             continue
         new = overlay_text[key.end_mark.index + 1 : _end(value, key, overlay_text)]
         if tag := _TAG.match(new):
             new = new[tag.end() :] if new[tag.end()] == "\n" else f" {new[tag.end() :]}"
-        if old.anchor and not value.anchor and old.start_mark.index > old_key.start_mark.index:
-            new = re.sub(r"^\s*", rf"\g<0>&{old.anchor} ", new, count=1)
+        if anchor and not _anchor(key, overlay_text) and old.start_mark.index > old_key.start_mark.index:
+            new = re.sub(r"^\s*", rf"\g<0>&{anchor} ", new, count=1)
         yield old_key.end_mark.index + 1, _end(old, old_key, base_text), new
+
+
+def _anchor(key: Node, text: str) -> str | None:
+    """Anchor or alias behind a key: the C parser, nine times as fast as Python's, keeps none in its nodes."""
+    found = re.compile(r"\s*(?:!\w+\s+)?[&*]([\w-]+)").match(text, key.end_mark.index + 1)
+    return found[1] if found else None
 
 
 def _end(value: Node, key: Node, text: str) -> int:
@@ -142,10 +149,10 @@ def _put(text: str, start: int, end: int, value: str) -> str:
 
 def _check(result: str, overlay: str, name: str) -> None:
     """The edited text must parse, and hold every value of the overlay."""
-    loader = YAML(typ="safe", pure=True)
+    loader = YAML(typ="safe")
     loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
     try:
-        wanted, got = flatten(loader.load(overlay)), flatten(YAML(typ="safe", pure=True).load(result))
+        wanted, got = flatten(loader.load(overlay)), flatten(YAML(typ="safe").load(result))
     except YAMLError as error:
         raise ProfileError(f"{name} would make params.yaml unreadable: {error}") from None
     if wrong := [key for key, value in wanted.items() if got.get(key, ...) != value]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import Project
 
-pytestmark = pytest.mark.xdist_group("real")
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("real")]
 
 
 @pytest.mark.timeout(600)

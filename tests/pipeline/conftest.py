@@ -6,14 +6,50 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from pipeline.environment import die_with_parent
+from pipeline.processes import stop_groups
 from pipeline.profiles import apply_profile
-from tests.pipeline.project import ROOT, Project
+from tests.pipeline.project import ROOT, Project, free_port, wait_until
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server for the tests of the group `prefect-server`."""
+    port = free_port()
+    environment = os.environ | {
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    url = f"http://127.0.0.1:{port}/api"
+
+    def ready() -> bool:
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(ready, 90)
+        yield url
+    finally:
+        stop_groups([process.pid], 10)
+        process.wait()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,7 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
-from pipeline.environment import die_with_parent
-from pipeline.processes import Children, stop_groups
+from pipeline.processes import Children
 from pipeline.slots import LIMIT
 from pipeline.tracking import MlflowTracker
 from tests.pipeline.project import Project, free_port, wait_until
@@ -68,39 +67,6 @@ class Trace:
 
     def pids(self) -> list[int]:
         return [int(row[4]) for row in self.rows]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server for the tests of this file."""
-    port = free_port()
-    environment = os.environ | {
-        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
-    url = f"http://127.0.0.1:{port}/api"
-
-    def ready() -> bool:
-        try:
-            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    try:
-        wait_until(ready, 90)
-        yield url
-    finally:
-        stop_groups([process.pid], 10)
-        process.wait()
 
 
 def diamond(project: Project) -> Project:

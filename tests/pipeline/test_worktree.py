@@ -130,7 +130,8 @@ def test_a_worktree_restores_what_another_study_computed(toy: Project, tmp_path:
 
 
 @pytest.mark.timeout(600)
-def test_flows_in_two_worktrees_share_the_gpu(toy: Project, tmp_path: Path) -> None:
+@pytest.mark.xdist_group("prefect-server")
+def test_flows_in_two_worktrees_share_the_gpu(toy: Project, server: str, tmp_path: Path) -> None:
     toy.run("pipeline", "study", "one")
     there = at(toy, tmp_path / "there")
     make(there.root, toy.root, study="two")
@@ -138,6 +139,7 @@ def test_flows_in_two_worktrees_share_the_gpu(toy: Project, tmp_path: Path) -> N
         "CUDA_VISIBLE_DEVICES": "0",
         "PIPELINE_GPU_LEASES": str(tmp_path / "leases"),
         "TOY_SECONDS": "1",
+        "PREFECT_API_URL": server,
     }
     flows = [workspace.start("pipeline", "run", **environment) for workspace in (toy, there)]
     for flow in flows:

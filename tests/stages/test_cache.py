@@ -107,11 +107,11 @@ class Project:
     def params(self) -> dict[str, Any]:
         """What params.yaml says."""
         text = (self.root / "params.yaml").read_text()
-        return json.loads(json.dumps(YAML(typ="safe", pure=True).load(text)))
+        return json.loads(json.dumps(YAML(typ="safe").load(text)))
 
     def write(self, params: dict[str, Any]) -> None:
         with (self.root / "params.yaml").open("w") as file:
-            YAML(typ="safe", pure=True).dump(params, file)
+            YAML(typ="safe").dump(params, file)
 
     def set(self, **changes: Any) -> None:
         """Lay changes over params.yaml."""
@@ -128,7 +128,7 @@ def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("built") / "project"
     for room in ("data", "models", "pipeline", "stages"):
         shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("params.yaml", "dvc.yaml", ".dvc/config"):
+    for file in ("params.yaml", "dvc.yaml", ".dvc/config", ".dvcignore"):
         (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, root / file)
     subprocess.run(["git", "init", "-q", str(root)], check=True)

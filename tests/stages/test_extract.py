@@ -391,7 +391,7 @@ class Commands:
 
     def set(self, taps: dict[str, Any] = PLAIN, **changes: Any) -> None:
         with (self.root / "params.yaml").open("w") as file:
-            YAML(typ="safe", pure=True).dump(json.loads(json.dumps(values(taps, **changes))), file)
+            YAML(typ="safe").dump(json.loads(json.dumps(values(taps, **changes))), file)
 
     def start(self, *command: str, processes: int = 1) -> subprocess.Popen[str]:
         launcher = {"PIPELINE_LAUNCHER": "torchrun", "PIPELINE_PROCESSES": str(processes)} if processes > 1 else {}

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 def params(**changes: Any) -> Params:
     """The repository's, with values set by dotted key (`__` for the dots)."""
-    return Params.model_validate(YAML(typ="safe", pure=True).load(params_text(**changes)))
+    return Params.model_validate(YAML(typ="safe").load(params_text(**changes)))
 
 
 def test_what_a_variant_reads_is_in_it(root: Path) -> None:
