@@ -89,3 +89,11 @@ def test_no_dependency_is_superfluous(stage: str) -> None:
     needed = closure(stage)
     idle = [dep for dep in code_deps(stage) if not any(name == dep or name.startswith(f"{dep}/") for name in needed)]
     assert not idle, f"remove from the deps of {stage} in dvc.yaml: {idle}"
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "report"])
+def test_the_run_cache_takes_the_stage(stage: str) -> None:
+    """DVC restores nothing of a stage that has an out with `cache: false`, unless it is among the metrics."""
+    body = STAGES[stage].get("do", STAGES[stage])
+    assert isinstance(body, dict)
+    assert [out for out in body.get("outs", []) if isinstance(out, dict)] == []
