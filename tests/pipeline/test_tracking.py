@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from pipeline import tracking
 from pipeline.tracking import JOURNALS, Journal, MlflowTracker, open_store, replay
 from tests.pipeline.project import ROOT, Project, wait_until
+from tests.pipeline.writing import write_at_once
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 
@@ -299,25 +300,14 @@ def test_no_secret_and_no_machine_path_in_params(store: MlflowClient, tmp_path: 
 
 def test_four_processes_on_a_fresh_database(tmp_path: Path) -> None:
     """Each finds no tables and wants to make them; all write at once."""
-    script = (
-        "import sys; from pathlib import Path; from pipeline.tracking import MlflowTracker\n"
-        "tracker = MlflowTracker(sys.argv[2], Path(sys.argv[1]), {})\n"
-        "for step in range(200): tracker.log_metrics({'a': step, 'b': -step}, step)\n"
-        "tracker.close('FINISHED', 100)\n"
-    )
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
-    children = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], env=environment)
-        for name in ("p", "q", "r", "s")
-    ]
-    assert [child.wait(200) for child in children] == [0, 0, 0, 0]
+    write_at_once(tmp_path, uri, ["p", "q", "r", "s"], steps=200, params=1)
     client = MlflowClient(uri)
     found = runs(client)
     assert sorted(found) == ["p", "q", "r", "s"]
     for run in found.values():
-        assert curve(client, run, "a") == [(step, float(step)) for step in range(200)]
-        assert curve(client, run, "b") == [(step, -float(step)) for step in range(200)]
+        assert curve(client, run, "train/loss") == [(step, step / 2) for step in range(200)]
+        assert curve(client, run, "train/lr") == [(step, -float(step)) for step in range(200)]
 
 
 def test_machine_is_sampled(store: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +15,11 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.tracking import JOURNALS, artifact_root, open_store, replay
-from tests.pipeline.project import ROOT, free_port, wait_until
+from tests.pipeline.project import free_port, wait_until
+from tests.pipeline.writing import write_at_once
 
 WRITERS, STEPS, PARAMS = 8, 200, 120
-WRITER = f"""
-import sys
-from pathlib import Path
-from pipeline.tracking import MlflowTracker
-tracker = MlflowTracker(sys.argv[2], Path(sys.argv[1]), {{"writer": sys.argv[2]}})
-tracker.log_params({{str(number): number for number in range({PARAMS})}})
-for step in range({STEPS}):
-    tracker.log_metrics({{"train/loss": step / 2, "train/lr": -step}}, step)
-tracker.log_text(sys.argv[2] * 1000, "texts/name.txt")
-tracker.close("FINISHED", 120)
-"""
+NAMES = [f"writer-{number}" for number in range(WRITERS)]
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]), None)
 
 
@@ -56,16 +46,6 @@ def cluster() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-def write_at_once(root: Path, uri: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
-    environment.pop(tracking.LATER, None)
-    children = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(root), f"writer-{number}"], env=environment)
-        for number in range(WRITERS)
-    ]
-    assert [child.wait(250) for child in children] == [0] * WRITERS
-
-
 def check_all_arrived(root: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     """What found the store busy at its end waits in journals, and goes out with the next replay."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -76,7 +56,7 @@ def check_all_arrived(root: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> 
     experiment = client.get_experiment_by_name("bev-distillery")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
-    assert sorted(run.info.run_name for run in found) == [f"writer-{number}" for number in range(WRITERS)]
+    assert sorted(run.info.run_name for run in found) == NAMES
     for run in found:
         check_whole(client, run.info.run_id, run.info.run_name)
 
@@ -93,13 +73,13 @@ def check_whole(client: MlflowClient, run_id: str, name: str) -> None:
 
 
 def test_eight_writers_on_sqlite(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_at_once(tmp_path, database)
+    write_at_once(tmp_path, database, NAMES, STEPS, PARAMS)
     check_all_arrived(tmp_path, monkeypatch, database)
 
 
 def test_eight_writers_on_an_empty_postgresql(tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each finds no tables and wants to make them."""
-    write_at_once(tmp_path, cluster)
+    write_at_once(tmp_path, cluster, NAMES, STEPS, PARAMS)
     check_all_arrived(tmp_path, monkeypatch, cluster)
 
 
