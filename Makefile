@@ -17,7 +17,7 @@ PY     := .venv/bin/python
 # Setup is done when this file is there; its name changes with everything that setup reads.
 # A machine with a GPU wants one of its own, since set-up chooses packages for GPUs there. It then leaves both, so that
 # a machine without a GPU that shares the folder (a login node) does not put packages for CPUs in their place.
-READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)$(if $(wildcard /dev/nvidia[0-9]*),-gpu)
+READY  := .venv/.ready-$(shell cat setup/* 2>/dev/null | cksum | cut -d' ' -f1)$(if $(or $(filter 1,$(FORCE_CUDA)),$(wildcard /dev/nvidia[0-9]*)),-gpu)
 # Tests use two processes; more would only wait for each other's ray caster and solver threads on a small machine.
 TEST_PROCESSES ?= 2
 
@@ -68,4 +68,4 @@ up: setup
 	@$(PY) -m pipeline up
 
 clean:           ## what the pipeline made and git ignores; dvc.lock, the record in reports, MLflow's runs and the environment stay
-	@rm -rf outputs .scratch logs reports/report.html reports/look-*.png
+	@rm -rf outputs .scratch logs reports/report.html reports/look-*.png reports/cost.json reports/stores

@@ -103,7 +103,8 @@ def _pass_on(child: Child) -> None:
     assert child.stdout is not None
     with child.stdout as lines:
         for line in lines:
-            print(redaction.redact(line), end="", flush=True)
+            with suppress(OSError):  # nobody reads any more, and a server that cannot write either would hang
+                print(redaction.redact(line), end="", flush=True)
 
 
 def _signal(group: int, number: int) -> None:

@@ -42,27 +42,28 @@ _NOT_A_SECRET = re.compile(r"tokens|tokeniz", re.IGNORECASE)  # settings that co
 _USER_NAME = re.compile(r"user(?:_?name)?$", re.IGNORECASE)
 # Words that every log is full of. As a user or a password they tell nothing, and `***` in their places would tell them.
 _COMMON = {
-    *("admin", "disabled", "dvc", "enabled", "false", "git", "main", "mlflow", "none", "null", "pipeline", "postgres"),
-    *("postgresql", "prefect", "python", "ray", "root", "slurm", "test", "true", "user"),
+    *("admin", "demo", "disabled", "dvc", "enabled", "false", "git", "main", "mlflow", "none", "null", "pipeline"),
+    *("postgres", "postgresql", "prefect", "python", "ray", "root", "slurm", "test", "true", "user"),
 }
 _ADDRESS = re.compile(r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]*:/{1,2}[^\s'\"<>]+")
-_USERINFO = re.compile(r"(?<=:/)(/?)[^\s/?#'\"<>]+@")  # pathlib makes one slash of two
-_QUERY = re.compile(rf"([?&;][\w-]{{0,40}}(?:{_NAME.pattern})[\w-]{{0,40}}=)[^&;#\s'\"<>]+", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=:/)(/?)[^\s/?#'\"<>]+@(?!sha256:)")  # pathlib makes one slash of two
+_QUERY = re.compile(rf"([?&;][\w-]{{0,40}}(?:{_NAME.pattern})(?!s\b|iz)[\w-]{{0,40}}=)[^&;#\s'\"<>]+", re.IGNORECASE)
 _SETTING = re.compile(r"^\s*(\w+)\s*[=:]\s*(\S.*?)\s*$", re.MULTILINE)
 _SETTINGS = (Path(".dvc") / "config", Path(".dvc") / "config.local", Path(".git") / "config")
 
 _from_environment: dict[str, str] = {}  # secret -> pattern
 _from_files: dict[str, str] = {}
 _pattern: re.Pattern[str] | None = None
+_cleans_records = False
 
 
 def start() -> None:
     """Learn the secrets of the environment, and clean what loggers say from now on."""
-    global _from_environment, _make_record
+    global _from_environment, _make_record, _cleans_records
     _from_environment = dict(_of_environment(os.environ))
     _compile()
-    if logging.getLogRecordFactory() is not _clean_record:
-        _make_record = logging.getLogRecordFactory()
+    if not _cleans_records:  # once: others (Ray) wrap the factory that they find, and must not be wrapped again
+        _cleans_records, _make_record = True, logging.getLogRecordFactory()
         logging.setLogRecordFactory(_clean_record)
 
 
@@ -95,11 +96,11 @@ def redact(text: str) -> str:
 
 
 def redact_all(value: Any) -> Any:
-    """The same for all texts of a value that JSON can hold."""
+    """The same for all texts of a value that JSON can hold, but for the keys of mappings, which are this project's."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
-        return {redact(key): redact_all(item) for key, item in value.items()}
+        return {key: redact_all(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact_all(item) for item in value]
     return value
@@ -107,7 +108,10 @@ def redact_all(value: Any) -> Any:
 
 def public(address: str) -> str:
     """An address as a person may see it: without user, password and query, so that a link still leads there."""
-    return re.split(r"[?#]", re.sub(r"^([^:]*:/{1,2})[^/?#]*@", r"\1", redact(address)))[0]
+    userinfo = r"[^/?#]*@" if address.startswith("http") else r".*@"  # SQLAlchemy takes a password with slashes
+    bare = re.split(r"[?#]", re.sub(rf"^([^:]*:/{{1,2}}){userinfo}", r"\1", address))[0]
+    host, path = re.fullmatch(r"([^:]*:/{0,2}[^/]*|)(.*)", bare, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{host}{redact(path)}"  # a user may be called like a part of the host, which is no secret
 
 
 def holds_secret(address: str) -> bool:
@@ -137,17 +141,21 @@ def guard_streams() -> None:
 class _CleanStream(io.TextIOWrapper):
     """A text stream without secrets. Writers hand over whole lines, or whole words of them."""
 
+    replaced: io.TextIOWrapper
+
     @classmethod
     def over(cls, stream: io.TextIOWrapper) -> _CleanStream:
         """The same stream, cleaned."""
         stream.flush()
-        return cls(
+        clean = cls(
             stream.buffer,
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
+        clean.replaced = stream  # which closes the buffer of both when nothing refers to it any more
+        return clean
 
     def write(self, text: str) -> int:
         super().write(redact(text))

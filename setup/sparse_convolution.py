@@ -59,11 +59,9 @@ def install(wanted: list[str]) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
     names = {requirement.partition("==")[0] for requirement in wanted}
     others = [found.name for found in distributions() if FAMILY.fullmatch(found.name) and found.name not in names]
-    if others:
-        subprocess.run([*pip, "uninstall", "--yes", *others], check=True)
-    # Packages of the family share files, so removing one may have broken another.
-    repair = ["--force-reinstall"] if others else []
-    subprocess.run([*pip, "install", "--no-deps", *repair, *wanted], check=True)
+    if others:  # packages of the family share files, so removing one breaks another
+        subprocess.run([*pip, "uninstall", "--yes", *others, *names], check=True)
+    subprocess.run([*pip, "install", "--no-deps", *wanted], check=True)
     alias = Path(sysconfig.get_path("purelib")) / "spconv.py"
     alias.unlink(missing_ok=True)
     if "spconv-triton" in names:

@@ -232,6 +232,30 @@ def test_links_lead_there_without_a_password(address: str, link: str, monkeypatc
     assert run_link("7") == link
 
 
+def test_a_user_who_is_called_like_the_host_breaks_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "mlops")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "long-password")
+    redaction.start()
+    assert redaction.public("https://mlops:pw@mlops.example.com/runs") == "https://mlops.example.com/runs"
+    assert redaction.public("http://mlops.example.com/long-password/x") == "http://mlops.example.com/***/x"
+    assert redaction.public("postgresql://mlops:a/b@c@host/db") == "postgresql://host/db"
+
+
+def test_what_looks_like_a_secret_and_is_none_stays() -> None:
+    text = "model?num_tokens=512&tokenizer=bert docker://image@sha256:0123"
+    assert redaction.redact(text) == text
+    assert redaction.redact("model?token=512") == "model?token=***"
+
+
+def test_a_library_may_wrap_the_factory_of_log_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray does, between two commands of this project in one process."""
+    redaction.start()
+    made = logging.getLogRecordFactory()
+    monkeypatch.setattr(logging, "_logRecordFactory", lambda *values, **named: made(*values, **named))
+    redaction.start()
+    logging.getLogger("somebody").warning("still there")
+
+
 def test_a_place_of_artifacts_with_a_password_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """MLflow would write it into its tables."""
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://key:word@bucket/runs")
