@@ -45,7 +45,8 @@ def run_all(root: Path, parallel: int = 2) -> set[str]:
             del waiting[name]
             if not published_since(root, graph.resolve(name, root), 0.0):
                 running[name] = start(root, name)
-        wait([process.sentinel for process in running.values()])
+        if running and (len(running) == parallel or not ready(waiting, running)):
+            wait([process.sentinel for process in running.values()])
         for name, process in list(running.items()):
             if not process.is_alive():
                 del running[name]
