@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Bytecode is written, as on a user's machine: its folders appear inside the stages' dependencies.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
+# Bytecode is written (tests/conftest.py), as on a user's machine: its folders appear inside the stages' dependencies.
+ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "DVC_NO_ANALYTICS": "1",

@@ -25,6 +25,7 @@ from data.submission import SampleDetections, build_submission, write_submission
 from models.detector import build_detector
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
+from pipeline.report.results import METRICS
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import evaluate
@@ -316,3 +317,8 @@ def test_keys_are_split_at_the_last_hyphen() -> None:
     assert evaluate.subject("evaluate_teacher", "lidar").weights == "outputs/teachers/lidar"
     with pytest.raises(StageError, match="--key"):
         evaluate.subject("evaluate", None)
+
+
+def test_the_report_reads_the_metrics_that_evaluation_writes() -> None:
+    """Two lists, since an edit of the report must make no evaluation stale."""
+    assert evaluate.HEADLINES == METRICS
