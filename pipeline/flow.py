@@ -383,8 +383,8 @@ def _tracked(this: Run) -> Iterator[None]:
         yield
         state = "FINISHED"
     finally:
-        this.link = run_link(tracker.run_id)  # before it is closed, when what is known of the run is dropped
         tracker.close("KILLED" if this.children.stopped else state, 5.0 if this.children.stopped else 60.0)
+        this.link = run_link(tracker.run_id)  # after all is sent: a short flow may not have begun to
 
 
 class _Progress:

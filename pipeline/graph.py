@@ -117,9 +117,12 @@ def graph_and_status(root: Path | None = None) -> tuple[dict[str, Node], dict[st
 def resolve(name: str, root: Path | None = None) -> StageSpec:
     """What stage `name` (distill@baseline-0) runs on now; quick, as DVC keeps hashes, and free of its locks."""
     from dvc.dependency import ParamsDependency
+    from dvc.dvcfile import PROJECT_FILE, ProjectFile
+    from dvc.stage.loader import StageLoader
 
     with _repo(root) as repo:
-        stages = {stage.name: stage for stage in _stages(repo)}
+        file = ProjectFile(repo, os.path.join(repo.root_dir, PROJECT_FILE))
+        stages = StageLoader(file, file.contents)  # only this stage is made, and dvc.lock is not read
         if name not in stages:
             raise GraphError(f"stage {name!r} is not in dvc.yaml; there are: {', '.join(sorted(stages))}")
         stage = stages[name]

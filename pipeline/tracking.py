@@ -35,7 +35,6 @@ from pipeline.errors import PipelineError
 from pipeline.params import flatten
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from sqlalchemy.engine import Engine
 
@@ -60,11 +59,11 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at a global optimiser step; a step that was recorded before (resume) is left as it is."""
 
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Record a matplotlib figure as the artifact `name` (figures/pr.png)."""
+    def log_file(self, path: Path, name: str) -> None:
+        """Record a copy of a file as the artifact `name` (figures/pr.png)."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Record a copy of a file."""
+        """Record a copy of a file under its own name."""
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags of the run."""
@@ -79,7 +78,7 @@ class NullTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
-    def log_figure(self, figure: Figure, name: str) -> None:
+    def log_file(self, path: Path, name: str) -> None:
         """Nothing."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
@@ -134,12 +133,8 @@ class Recorder:
             self._last_step |= dict.fromkeys(fresh, step)
             self._write_values("metrics", fresh, step=step, **self._moment)
 
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Record a matplotlib figure as the artifact `name` (figures/pr.png)."""
-        self.log_made(name, figure.savefig)
-
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Record a copy of a file."""
+        """Record a copy of a file under its own name."""
         self.log_file(path, f"{folder}/{path.name}" if folder else path.name)
 
     def log_file(self, path: Path, name: str) -> None:
@@ -218,6 +213,7 @@ class MlflowTracker(Recorder):
         identity = resume if known and resume else f"{datetime.now():%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
         super().__init__(name, root, tags, identity, parent)
         self._for_others = for_others
+        self._run_id: str | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         if os.environ.get(LATER, "") in ("", BY_FLOW):
@@ -236,8 +232,8 @@ class MlflowTracker(Recorder):
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None while the server does not know it."""
-        return self._journal.cursor().get("run_id")
+        """MLflow's id of the run, also when it has ended; None while the server does not know it."""
+        return self._run_id or self._journal.cursor()["run_id"]
 
     def _work(self) -> None:
         """Send every few seconds, less often while the server is away; at the end once more, then what others left."""
@@ -268,6 +264,7 @@ class MlflowTracker(Recorder):
         folder, sent = self._journal.path.parent, self._journal.send()
         if last and sent:
             if self._journal.finished():
+                self._run_id = self.run_id  # the journal knew it
                 self._journal.discard()
             replay(folder)
         elif self._for_others:

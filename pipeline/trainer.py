@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 RUNTIME = {"checkpoint_minutes", "workers", "log_every"}  # settings that do not change the result
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which the ranks of a dead rank end too
 WATCHED = "watch/"  # names of a task's values that start so are logged and not minimised
+BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # of CPUs whose arithmetic torch's convolutions use
 SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed training counts as diverged
 
 
@@ -147,6 +148,15 @@ def class_balance(classes: Callable[[], Sequence[Iterable[int]]] | None, label: 
             f"{label}: train.balanced needs samples with classes, which these have not: set it to false"
         )
     return ClassBalance(classes())
+
+
+def precision_here(precision: str) -> str:
+    """The precision to compute in: float32 in place of a bfloat16 that this process's CPU would have to emulate.
+
+    On a CPU without it (EPYC 7003, torch 2.13) a convolution of 64 channels took ten times as long as in float32.
+    """
+    emulated = not torch.cuda.is_available() and not any(map(torch.cpu.get_capabilities().get, BFLOAT16_UNITS))
+    return "32-true" if precision == "bf16-mixed" and emulated else precision
 
 
 def make_fabric(precision: Any) -> Fabric:
@@ -267,7 +277,10 @@ class Trainer:
         balance: ClassBalance | None,
     ) -> None:
         make_deterministic()
-        self.fabric = make_fabric(config.precision)
+        precision = precision_here(config.precision)
+        if precision != config.precision:
+            log.info("%s trains in float32: this CPU would emulate bfloat16, which is slow", label)
+        self.fabric = make_fabric(precision)
         self.fabric.launch()
         self.config, self.seed, self.scratch, self.tracker = config, seed, scratch, tracker
         self.stop, self.label = stop, label

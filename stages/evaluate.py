@@ -145,14 +145,14 @@ def _draw_curves(context: StageContext, evaluation: Evaluation, metrics: Mapping
     title = f"{metrics['key']}, split {metrics['split']}: mAP {metrics['mAP']:.3f}"
     figure = pictures.draw_curves(curves, average, title)
     pictures.save_figure(figure, folder / "curves.png")
-    context.tracker.log_figure(figure, "figures/precision_recall.png")
+    context.tracker.log_file(folder / "curves.png", "figures/precision_recall.png")
 
 
 def _draw_confusion(context: StageContext, found: confusion.Confusion, folder: Path) -> None:
     (folder / "confusion.json").write_text(json.dumps(found.content) + "\n")
     figure = confusion.draw(found, str(context.key))
     pictures.save_figure(figure, folder / "confusion.png")
-    context.tracker.log_figure(figure, "figures/confusion.png")
+    context.tracker.log_file(folder / "confusion.png", "figures/confusion.png")
 
 
 def _draw_scenes(

@@ -164,7 +164,9 @@ def check_commands_of_readme(project: Project) -> None:
 
 def check_pages(project: Project, command: str) -> None:
     """MLflow's pages are served until Ctrl-C; on a free port, as others may use the usual one."""
-    recipe = project.run("make", "--dry-run", f"READY={project.root}", *command.split()[1:]).stdout.strip()
+    # The suite's own make would let this one say which folder it enters.
+    make = ("make", "--no-print-directory", "--dry-run", f"READY={project.root}")
+    recipe = project.run(*make, *command.split()[1:]).stdout.strip()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = project.start("env", "MLFLOW_WORKERS=1", *recipe.split(), "--port", str(port))

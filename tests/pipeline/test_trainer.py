@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pipeline import trainer
 from pipeline.checkpoint import CheckpointError
 from pipeline.ema import EMA, ema_decay
 from pipeline.errors import PipelineError
@@ -202,7 +203,10 @@ def test_learns_and_reports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_resume_is_bit_exact_at_every_step(tmp_path: Path, precision: str) -> None:
+def test_resume_is_bit_exact_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     whole = fit(tmp_path / "whole", precision=precision)
     done = 0
     for pause in (1, 3, 5, 4):  # inside an epoch, at its end, after it
@@ -260,11 +264,16 @@ class PrecisionTask(ToyTask):
         return super().loss(batch, progress)
 
 
-def test_mixed_precision_leaves_the_batch_in_float32(tmp_path: Path) -> None:
-    """Coordinates in bfloat16 would be 0.25 m wrong at 50 m."""
+@pytest.mark.parametrize("unit", [*trainer.BFLOAT16_UNITS, "avx512_f"])
+def test_mixed_precision_leaves_the_batch_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """Coordinates in bfloat16 would be 0.25 m wrong at 50 m. A CPU without bfloat16 does not emulate it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", unit: True})
     task = PrecisionTask()
     fit(tmp_path, task=task, precision="bf16-mixed", epochs=1)
-    assert task.seen == [torch.float32, torch.float32, torch.bfloat16]
+    inside = torch.bfloat16 if unit in trainer.BFLOAT16_UNITS else torch.float32
+    assert task.seen == [torch.float32, torch.float32, inside]
 
 
 class WatchingTask(ToyTask):
