@@ -33,9 +33,9 @@ from benchmarks.charts import machine
 from data.batch import Batch, collate
 from data.classes import CLASSES
 from data.instances import ImageInstances
+from distill import Recipe, TermConfig
 from models.bevformer import BEVFormer
 from models.detector import Detector, build_detector
-from models.distill import Recipe, TermConfig
 from models.segmenter import build_segmenter
 from models.targets import CODE_SIZE
 from pipeline.params import Params

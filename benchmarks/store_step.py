@@ -33,8 +33,8 @@ from data.batch import Sample, collate
 from data.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
 from data.teacher import TaughtDataset, collate_taught
+from distill import TermConfig
 from models.detector import Detector, build_detector
-from models.distill import TermConfig
 from pipeline.params import Params, load_params
 from pipeline.seeding import MODEL, seed_everything
 from pipeline.trainer import Trainer

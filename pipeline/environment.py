@@ -10,6 +10,8 @@ from pathlib import Path
 from pipeline import redaction
 from pipeline.errors import PipelineError
 
+ROOMS = ("data", "distill", "models", "pipeline", "stages")  # the packages of the project
+
 # No telemetry, no update checks, no long wait for a server that is away, and no spinning.
 _QUIET = {
     "DVC_NO_ANALYTICS": "1",

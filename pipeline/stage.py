@@ -28,7 +28,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
 from pipeline import graph, launchers
-from pipeline.environment import die_with_parent, prepare, sync_file_system
+from pipeline.environment import ROOMS, die_with_parent, prepare, sync_file_system
 from pipeline.errors import PipelineError
 from pipeline.graph import StageSpec
 from pipeline.launchers import GRACE_SECONDS, PREEMPTED, UNDER, Job
@@ -348,7 +348,7 @@ def _log_to(path: Path, rank: int) -> None:
     file = logging.FileHandler(path, mode="a")
     handlers: list[logging.Handler] = [file, *([logging.StreamHandler()] if rank == 0 else [])]
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
-    for room in ("data", "models", "pipeline", "stages"):
+    for room in ROOMS:
         logging.getLogger(room).setLevel(logging.INFO)
     faulthandler.enable(path.open("a"), all_threads=False)
 

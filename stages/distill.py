@@ -16,8 +16,8 @@ from data.blobs import BlobError
 from data.dataset import NuScenesDataset
 from data.store import Store, StoreError
 from data.teacher import TaughtDataset, collate_taught
+from distill import Recipe, TermConfig
 from models.detector import Detector, build_detector
-from models.distill import Recipe, TermConfig
 from models.targets import TargetEncoder
 from pipeline.params import BevParams, ImportParams, StudentParams, TrainConfig, split_key
 from pipeline.seeding import MODEL, RECIPE, seed_everything

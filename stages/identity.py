@@ -13,7 +13,7 @@ from data.store import Encoding, StoreError, StoreIdentity
 from pipeline.params import EXACT_TAPS, Params, StoreParams, TapParams
 from stages.inputs import INDEX
 
-# The code that the contents of a store depend on. Of models, not the losses, which work on what is stored.
+# The code that the contents of a store depend on, beside models and data/store.
 CODE: Final = (
     "stages/calibration.py",
     "stages/extract.py",

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.environment import ROOMS
+
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("data", "models", "stages", "pipeline")
 # What only runs, watches or reports: an edit of it changes no result.
 CONTROL = {f"pipeline/{name}.py" for name in (
     "__init__", "__main__", "cli", "comparison", "environment", "errors", "flow", "gpus", "graph",
@@ -89,6 +90,10 @@ def test_no_dependency_is_superfluous(stage: str) -> None:
     needed = closure(stage)
     idle = [dep for dep in code_deps(stage) if not any(name == dep or name.startswith(f"{dep}/") for name in needed)]
     assert not idle, f"remove from the deps of {stage} in dvc.yaml: {idle}"
+
+
+def test_a_loss_is_a_dependency_of_students_only() -> None:
+    assert [stage for stage in STAGES if "distill" in code_deps(stage)] == ["distill"]
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "report"])

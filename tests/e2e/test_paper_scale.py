@@ -24,8 +24,8 @@ from data.boxes import box_corners, transform_boxes
 from data.build import build_index
 from data.classes import CLASSES
 from data.instances import ImageInstances
+from distill import TermConfig
 from models.detector import Detector, build_detector
-from models.distill import TermConfig
 from models.inherit import inherited
 from models.segmenter import build_segmenter
 from pipeline.params import Params, load_params

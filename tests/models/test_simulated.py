@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill import Outcome, Recipe, TermConfig
+from distill.features import MapTerm
 from models.depth_net import depth_loss
 from models.detector import Batch, Detector, Prediction, build_detector
-from models.distill import Outcome, Recipe, TermConfig
-from models.distill.features import MapTerm
+from tests.distill.test_prediction_terms import SIMDISTILL
 from tests.models.factory import (
     COMPENSATION,
     awaken,
@@ -25,7 +26,6 @@ from tests.models.factory import (
     read_by,
     simulated_config,
 )
-from tests.models.test_prediction_terms import SIMDISTILL
 
 CHANNELS, FUSED = 12, 16
 GEOMETRY = ("images", "intrinsics", "image_aug", "lidar_SE3_cam", "bev_aug")

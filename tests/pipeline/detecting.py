@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill import Recipe, TermConfig
 from models.detector import Batch, Detector, build_detector
-from models.distill import Recipe, TermConfig
 from pipeline.trainer import train
 from tests.models.factory import CAMERAS, camera_config, random_batch, random_boxes
 from tests.pipeline.toy import config

@@ -21,6 +21,7 @@ from prefect.utilities.templating import apply_values
 from ruamel.yaml import YAML
 
 from pipeline import deployment
+from pipeline.environment import ROOMS
 from pipeline.slots import LIMIT
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 from tests.pipeline.test_flow import Trace, diamond
@@ -273,7 +274,7 @@ def test_what_the_image_copies_is_there() -> None:
     assert sources == ["setup/requirements.txt", *(f"setup/{name}.py" for name in SETUP), "."]
     assert all((ROOT / source).exists() for source in sources)
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    assert not {"setup", "pipeline", "stages", "models", "data", "profiles", "studies", ".dvc"} & set(ignored)
+    assert not {*ROOMS, "setup", "profiles", "studies", ".dvc"} & set(ignored)
     made = [name.strip("/") for name in (ROOT / ".gitignore").read_text().split() if name.startswith("/")]
     assert not [name for name in made if not {name, name + "*"} & set(ignored) and name != "reports/look-*.png"]
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)

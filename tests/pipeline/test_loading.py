@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.environment import ROOMS
 from pipeline.loading import load_weights
 from tests.models.factory import voxel_encoder
 
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_an_error() -> None:
 
 def test_weights_are_set_in_one_place() -> None:
     found: dict[str, list[str]] = {}
-    for path in (path for room in ("data", "models", "pipeline", "stages") for path in (ROOT / room).rglob("*.py")):
+    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "load_state_dict":
                 found.setdefault(str(path.relative_to(ROOT)), []).append(ast.unparse(node.value))

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from distill import TermConfig
 from models.detector import Detector
-from models.distill import TermConfig
 from pipeline.seeding import RECIPE, seed_everything
 from pipeline.stage import StageContext
 from stages.distill import Distillation, make_recipe, open_sources, samples_of, tap_statistics, taught

@@ -24,7 +24,7 @@ from data.pictures import Boxes, draw_map, feature_colours
 from data.store import Encoding, Store, TapSpec
 from data.store.writer import readable
 from models.detector import build_detector
-from pipeline.environment import die_with_parent
+from pipeline.environment import ROOMS, die_with_parent
 from pipeline.errors import PipelineError
 from pipeline.params import StoreParams, merge
 from stages.cache import plan
@@ -126,7 +126,7 @@ class Project:
 def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose store `lidar` was built by DVC; tests work on copies."""
     root = tmp_path_factory.mktemp("built") / "project"
-    for room in ("data", "models", "pipeline", "stages"):
+    for room in ROOMS:
         shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("params.yaml", "dvc.yaml", ".dvc/config", ".dvcignore"):
         (root / file).parent.mkdir(exist_ok=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from data.index import Index
 from data.store import StaleStoreError, Store, StoreError
 from data.teacher import TaughtDataset
+from distill import TermConfig
 from models.detector import Detector, build_detector
-from models.distill import TermConfig
 from pipeline.graph import StageSpec
 from pipeline.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, TrainConfig, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop

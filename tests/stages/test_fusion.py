@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from distill import Outcome, TermConfig
+from distill.features import MapTerm
 from models.detector import Batch, Detector, Prediction, build_detector
-from models.distill import Outcome, TermConfig
-from models.distill.features import MapTerm
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.seeding import MODEL, seed_everything

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.classes import CLASSES
 from data.instances import ImageInstances
+from distill import TermConfig
 from models.detector import build_detector
-from models.distill import TermConfig
 from pipeline.params import StudentParams, load_params
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import CAMERAS, random_batch

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from data.batch import Batch, collate
 from data.build import build_index
 from data.store import Store
+from distill import TermConfig
 from models.detector import Detector, build_detector
-from models.distill import TermConfig
+from pipeline.environment import ROOMS
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
@@ -110,7 +111,7 @@ def kill_in_step(context: StageContext) -> None:
 def root(city: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the voxel teacher that was killed and resumed, and an untrained camera part."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("data", "models", "pipeline", "stages"):
+    for name in ROOMS:
         (root / name).symlink_to(ROOT / name)
     with (root / "params.yaml").open("w") as file:
         YAML().dump(values(city), file)

@@ -10,6 +10,7 @@ import torch
 from data.build import build_index
 from data.city import CityConfig, generate
 from models.detector import build_detector
+from pipeline.environment import ROOMS
 from stages.weights import save_detector
 from tests.models.factory import lidar_config
 
@@ -19,7 +20,7 @@ TEACHER = lidar_config(voxel={"size": [0.4, 0.4], "max_points": 8, "max_voxels":
 
 def make_root(root: Path, train_keyframes: int) -> Path:
     """Fill a folder: two training scenes of `train_keyframes` keyframes, one validation keyframe."""
-    for name in ("data", "models", "pipeline", "stages"):
+    for name in ROOMS:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     city = CityConfig(
         seed=3,

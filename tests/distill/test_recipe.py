@@ -12,11 +12,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from distill import Recipe, TermConfig
+from distill.adapters import ADAPTERS
+from distill.masks import MASKS
 from models.center_head import REGRESSION
 from models.detector import Detector, Prediction, build_detector, head_map
-from models.distill import Recipe, TermConfig
-from models.distill.adapters import ADAPTERS
-from models.distill.masks import MASKS
 from tests.models.factory import CAMERAS, IMAGE, camera_config, lidar_config, random_batch, random_boxes
 
 CLS = {"student": "head", "teacher": "lidar.boxes", "mask": {"kind": "teacher_conf", "threshold": 0.3},

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from distill.adversarial import AdversarialTerm
+from distill.features import MapTerm, check_tasks
+from distill.output import BoxTerm, HeadTerm
+from distill.relations import RELATIONS
+from distill.term import Term
+from distill.terms import TermConfig
 from models.detector import Batch, Prediction
-from models.distill.adversarial import AdversarialTerm
-from models.distill.features import MapTerm, check_tasks
-from models.distill.output import BoxTerm, HeadTerm
-from models.distill.relations import RELATIONS
-from models.distill.term import Term
-from models.distill.terms import TermConfig
 from models.targets import TargetEncoder
 
 WATCHED: Final = "watch/"
@@ -97,7 +97,7 @@ def build_term(config: TermConfig, targets: TargetEncoder, student_channels: Map
     if config.distance == "maskrcnn":
         if stride is None:
             raise ValueError("maskrcnn learns in the image: the student has no image neck")
-        from models.distill.instances import InstanceTerm  # late: it brings all of mmdet, which no other term needs
+        from distill.instances import InstanceTerm  # late: it brings all of mmdet, which no other term needs
 
         return InstanceTerm(config, _channels(config.student, student_channels, "the student"), stride, targets.classes)
     if tap == "boxes":

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distill.terms import TermConfig
 from models.detector import Batch, Prediction
-from models.distill.terms import TermConfig
 
 
 class Outcome(NamedTuple):

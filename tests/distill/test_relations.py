@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import Recipe, TermConfig
+from distill.relations import EMPTY
 from models.detector import Prediction
-from models.distill import Recipe, TermConfig
-from models.distill.relations import EMPTY
 from models.grid import Grid
 from models.targets import TargetEncoder
 from tests.models.factory import CAMERAS, IMAGE, random_batch

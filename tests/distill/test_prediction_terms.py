@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import Recipe, TermConfig
 from models.center_head import REGRESSION
 from models.detector import Prediction, head_map
-from models.distill import Recipe, TermConfig
 from models.grid import Grid
 from models.targets import TargetEncoder, draw_gaussians
 from tests.models.factory import random_boxes

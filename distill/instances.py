@@ -12,9 +12,9 @@ from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
+from distill.term import Outcome, Term
+from distill.terms import TermConfig
 from models.detector import Batch, Prediction, initialise
-from models.distill.term import Outcome, Term
-from models.distill.terms import TermConfig
 from models.roi_align import RoIAlign
 from models.segmenter import Instances, training_samples, two_stage_losses
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.adapters import resized
+from distill.features import valid_cells
+from distill.masks import grid_of, mean_over
+from distill.term import Outcome, Term
+from distill.terms import TermConfig
 from models.detector import Batch, Prediction
-from models.distill.adapters import resized
-from models.distill.features import valid_cells
-from models.distill.masks import grid_of, mean_over
-from models.distill.term import Outcome, Term
-from models.distill.terms import TermConfig
 from models.grid import Grid
 from models.projection import seen
 from models.targets import TargetEncoder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.distill.terms import AdapterConfig
+from distill.terms import AdapterConfig
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill import Recipe, TermConfig
+from distill.masks import PILLARS, MaskInput
+from distill.terms import MaskConfig
 from models.center_head import REGRESSION
 from models.detector import Prediction, build_detector, head_map
-from models.distill import Recipe, TermConfig
-from models.distill.masks import PILLARS, MaskInput
-from models.distill.terms import MaskConfig
 from models.grid import Grid
 from models.targets import TargetEncoder
 from tests.models.factory import camera_config, random_batch, second

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.adapters import ADAPTERS, Resize
+from distill.distances import ELEMENTWISE
+from distill.masks import MASKS, MaskInput, grid_of
+from distill.term import Outcome, Term
+from distill.terms import TermConfig
 from models.detector import Batch, Prediction
-from models.distill.adapters import ADAPTERS, Resize
-from models.distill.distances import ELEMENTWISE
-from models.distill.masks import MASKS, MaskInput, grid_of
-from models.distill.term import Outcome, Term
-from models.distill.terms import TermConfig
 from models.targets import CODE_SIZE, TargetEncoder
 
 SMALLEST_STD = 0.05

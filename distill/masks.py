@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.adapters import resized
+from distill.terms import MaskConfig
 from models.detector import Batch
-from models.distill.adapters import resized
-from models.distill.terms import MaskConfig
 from models.processes import divisor
 from models.targets import TargetEncoder, flatten_boxes
 

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.distances import ELEMENTWISE, bernoulli_divergence, quality_focal, soft_gaussian_focal
+from distill.features import check_tasks, valid_cells
+from distill.masks import PILLARS, MaskInput, mean_over
+from distill.term import Outcome, Term
+from distill.terms import TermConfig
 from models.center_head import REGRESSION
 from models.detector import Batch, Prediction
-from models.distill.distances import ELEMENTWISE, bernoulli_divergence, quality_focal, soft_gaussian_focal
-from models.distill.features import check_tasks, valid_cells
-from models.distill.masks import PILLARS, MaskInput, mean_over
-from models.distill.term import Outcome, Term
-from models.distill.terms import TermConfig
 from models.processes import divisor
 from models.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
 

@@ -14,10 +14,10 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from distill.instances import PROPOSALS, InstanceTerm
+from distill.term import Outcome
+from distill.terms import TermConfig
 from models.detector import Prediction
-from models.distill.instances import PROPOSALS, InstanceTerm
-from models.distill.term import Outcome
-from models.distill.terms import TermConfig
 
 CHANNELS, STRIDE, CLASSES, CAMERAS = 6, 8, 3, 2
 SIZE = (64, 96)
