@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.bev_pool import bev_pool, bev_pool_reference, pool_index
+from models.layers.bev_pool import bev_pool, bev_pool_reference, pool_index
 
 CAMERAS, BINS, HEIGHT, WIDTH, CHANNELS, CELLS = 6, 59, 16, 44, 80, 128
 REPEATS = 5

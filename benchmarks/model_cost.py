@@ -30,19 +30,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.charts import machine
-from data.batch import Batch, collate
-from data.classes import CLASSES
-from data.instances import ImageInstances
+from data.reading.batch import Batch, collate
+from data.reading.classes import CLASSES
+from data.reading.instances import ImageInstances
 from distill import Recipe, TermConfig
-from models.bevformer import BEVFormer
-from models.detector import Detector, build_detector
-from models.segmenter import build_segmenter
-from models.targets import CODE_SIZE
+from models.detectors.bevformer import BEVFormer
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.detectors.segmenter import build_segmenter
+from models.head.targets import CODE_SIZE
 from pipeline.params import Params
 from pipeline.profiles import apply_profile
-from pipeline.trainer import minimised, parameter_groups
 from stages.cost import MultiplyAdds, parameters_of
 from stages.synthetic import CAMERAS, random_samples
+from training.trainer import minimised, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTANCES = 8

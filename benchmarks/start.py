@@ -32,7 +32,7 @@ graph.resolve({address!r})
 importlib.import_module("stages.{stage}")
 """
 BUILD = START + """
-from models.detector import build_detector
+from models.detectors.build import build_detector
 build_detector(load_params(Path("params.yaml")).teachers["start"].model)
 """
 STAGES = {

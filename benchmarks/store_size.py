@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from data.batch import collate
+from data.reading.batch import collate
 from data.store import Calibration, Encoding
 from data.store.encoding import decode_map, encode_map
-from models.detector import build_detector
+from models.detectors.build import build_detector
 from pipeline.params import Params, StoreParams, load_params
-from pipeline.seeding import MODEL, seed_everything
-from stages.frozen import KEEP, FrozenTeacher, View, evenly
 from stages.synthetic import random_samples
+from stages.teaching.frozen import KEEP, FrozenTeacher, View, evenly
+from training.seeding import MODEL, seed_everything
 
 TAP = "bev_lift"
 TRAINVAL = 28_130  # training samples of nuScenes

@@ -1,7 +1,7 @@
 """What a teacher costs a student's training step: nothing, from the store, or run online.
 
 ``python benchmarks/store_step.py`` trains the camera student of params.yaml with its X-OD and X-FD terms, on CUDA if
-there is one, else on the CPU, by `pipeline.trainer` and with one loader per arm. All arms read the same prepared
+there is one, else on the CPU, by `training.trainer` and with one loader per arm. All arms read the same prepared
 samples from memory (no files, no decoding), so that they differ in the teacher's part only. The arms take turns, a step
 each on the CPU, and ratios are taken within a round; beside them those of the trainer's CPU time, which other work on
 the machine disturbs less. Models are freshly initialised: speed does not depend on weights.
@@ -29,18 +29,19 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from data.batch import Sample, collate
-from data.dataset import SampleKey
+from data.reading.batch import Sample, collate
+from data.reading.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
-from data.teacher import TaughtDataset, collate_taught
 from distill import TermConfig
-from models.detector import Detector, build_detector
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
 from pipeline.params import Params, load_params
-from pipeline.seeding import MODEL, seed_everything
-from pipeline.trainer import Trainer
 from stages.distill import Distillation, make_recipe
-from stages.sources import OnlineTeacher, Sources
 from stages.synthetic import random_boxes, random_samples
+from stages.teaching.sources import OnlineTeacher, Sources
+from stages.teaching.taught import TaughtDataset, collate_taught
+from training.seeding import MODEL, seed_everything
+from training.trainer import Trainer
 
 PLAIN, RESIDENT, ONLINE = "no distillation", "targets on the device", "online teacher"
 STORED = {"store, float16": Encoding(), "store, int8 occ. zstd": Encoding("int8", None, "occupied", "zstd")}

@@ -1,1 +1,1 @@
-"""Sensor files to tensors: nuScenes index, dataset, augmentation, teacher-output store, synthetic city."""
+"""Sensor files to tensors, in rooms: reading, preparing, scoring, drawing, store, city."""

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from distill.features import channel_scale, valid_cells
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction
+from models.ports import Batch, Prediction
 
 STEEPNESS = 10.0
 """Of the ramp of the reversal: 0.46 at a tenth of the training, 0.91 at three tenths."""

@@ -13,8 +13,8 @@ from distill.distances import ELEMENTWISE
 from distill.masks import MASKS, MaskInput, grid_of
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction
-from models.targets import CODE_SIZE, TargetEncoder
+from models.head.targets import CODE_SIZE, TargetEncoder
+from models.ports import Batch, Prediction
 
 SMALLEST_STD = 0.05
 """Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""

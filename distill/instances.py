@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction, initialise
-from models.roi_align import RoIAlign
-from models.segmenter import Instances, training_samples, two_stage_losses
+from models.detectors.segmenter import Instances, training_samples, two_stage_losses
+from models.layers.initialising import initialise
+from models.layers.roi_align import RoIAlign
+from models.ports import Batch, Prediction
 
 WIDTH = 64
 """Channels of the pyramid and the heads where ``adapter.width`` is not set."""

@@ -1,6 +1,6 @@
 """Masks of dense terms: weights [B, 1, H, W] of the cells, by which a term sums its distances.
 
-Counts of cells are those of all processes, see :mod:`models.processes`.
+Counts of cells are those of all processes, see :mod:`models.layers.processes`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from distill.adapters import resized
 from distill.terms import MaskConfig
-from models.detector import Batch
-from models.processes import divisor
-from models.targets import TargetEncoder, flatten_boxes
+from models.head.targets import TargetEncoder, flatten_boxes
+from models.layers.processes import divisor
+from models.ports import Batch
 
 CLIP = 20.0
 """Largest weight that ``phi_softmax`` gives a cell where ``mask.clip`` is not set; their mean is 1 before."""

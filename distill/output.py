@@ -18,10 +18,10 @@ from distill.features import check_tasks, valid_cells
 from distill.masks import PILLARS, MaskInput, mean_over
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.center_head import REGRESSION
-from models.detector import Batch, Prediction
-from models.processes import divisor
-from models.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
+from models.head.center_head import REGRESSION
+from models.head.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
+from models.layers.processes import divisor
+from models.ports import Batch, Prediction
 
 POSITIVE = 0.1
 """A teacher's score above which a cell counts as positive where no threshold is set."""

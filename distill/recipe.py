@@ -13,8 +13,8 @@ from distill.output import BoxTerm, HeadTerm
 from distill.relations import RELATIONS
 from distill.term import Term
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction
-from models.targets import TargetEncoder
+from models.head.targets import TargetEncoder
+from models.ports import Batch, Prediction
 
 WATCHED: Final = "watch/"
 """Names of a recipe's values that start so are logged and not minimised; the trainer knows them by it."""

@@ -19,10 +19,10 @@ from distill.features import valid_cells
 from distill.masks import grid_of, mean_over
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction
-from models.grid import Grid
-from models.projection import seen
-from models.targets import TargetEncoder
+from models.head.targets import TargetEncoder
+from models.layers.grid import Grid
+from models.layers.projection import seen
+from models.ports import Batch, Prediction
 
 EMPTY = 1e-12
 """Squared length up to which a vector has no direction."""

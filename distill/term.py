@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from distill.terms import TermConfig
-from models.detector import Batch, Prediction
+from models.ports import Batch, Prediction
 
 
 class Outcome(NamedTuple):

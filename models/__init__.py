@@ -1,1 +1,1 @@
-"""Tensors to tensors: detectors, layers and distillation losses. Knows no file, no DVC and no MLflow."""
+"""Tensors to tensors: detectors and layers. Knows no file, no DVC and no MLflow."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from models.bevformer import BEVEmbeddings
+from models.detectors.bevformer import BEVEmbeddings
 
 
 def inherited(model: nn.Module, name: str, weight: Tensor) -> Tensor:

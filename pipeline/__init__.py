@@ -1,1 +1,1 @@
-"""What runs the stages: CLI, parameters, graph, flow, launchers, trainer, tracking, report."""
+"""What runs the stages: CLI, parameters, graph, flow, launchers, tracking, report."""

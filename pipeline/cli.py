@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pipeline import redaction
-from pipeline.environment import prepare
-from pipeline.errors import PipelineError
+from base import redaction
+from base.environment import prepare
+from base.errors import PipelineError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run the study in dvc.yaml."

@@ -23,8 +23,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from base.errors import PipelineError
 from pipeline import sending
-from pipeline.errors import PipelineError
 from pipeline.graph import PATIENCE, StageSpec, address
 from pipeline.params import Params, flatten
 from pipeline.report.results import ERRORS, HEADLINES, UNITS, Arm, Study

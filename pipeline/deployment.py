@@ -14,11 +14,11 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoo
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import State
 
+from base import redaction
+from base.environment import prepare
 from pipeline import flow as flows
-from pipeline import profiles, redaction, slots, studies
-from pipeline.environment import prepare
+from pipeline import profiles, slots, studies
 
-NAME = "pipeline"
 PROCESS_POOL = "gpu-pool"
 KUBERNETES_POOL = "k8s-pool"
 # What a Kubernetes job needs beyond Prefect's template. The image's own entry is this project's command line.
@@ -34,7 +34,7 @@ KUBERNETES_VARIABLES: dict[str, dict[str, Any]] = {
 }
 
 
-@flow(name=NAME, persist_result=False, log_prints=True)
+@flow(name=flows.NAME, persist_result=False, log_prints=True)
 def pipeline(
     targets: list[str] | None = None,
     max_parallel: int | None = None,

@@ -24,13 +24,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
 
-from pipeline import graph, launchers, redaction, slots
-from pipeline.environment import cores
-from pipeline.errors import PipelineError
+from base import redaction
+from base.environment import cores
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
+from pipeline import graph, launchers, slots
 from pipeline.graph import Node
-from pipeline.launchers import PREEMPTED
 from pipeline.processes import Children, stop_groups
 
+NAME = "pipeline"  # of the flow, for Prefect
 GRACE_SECONDS = 60.0  # from SIGTERM to SIGKILL of a stage that saves
 ATTEMPTS = 3  # of a stage that was preempted or found DVC locked; nothing else is tried again
 # DVC's advice on git, after every stage; not passed on.
@@ -45,7 +47,7 @@ HINTS = (
 )
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 PREEMPTION = f"exited with {PREEMPTED}"
-COUNTS = re.compile(r"(?:.* )?(\d+)/([1-9]\d*)(?: .*)?")  # pipeline/progress.py: `extract 40/128 ...`
+COUNTS = re.compile(r"(?:.* )?(\d+)/([1-9]\d*)(?: .*)?")  # base/progress.py: `extract 40/128 ...`
 Outcome = Literal["done", "cached", "failed", "skipped"]
 
 
@@ -120,8 +122,6 @@ def run(plan: Plan, root: Path, max_parallel: int | None = None) -> int:
         return 0
     with alone(root), _ends_with_exit():
         from prefect import flow
-
-        from pipeline.deployment import NAME
 
         @flow(name=NAME, persist_result=False)
         def pipeline() -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 
 LEASES = "PIPELINE_GPU_LEASES"  # environment: folder of the lock files
 

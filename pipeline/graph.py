@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

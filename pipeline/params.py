@@ -8,16 +8,15 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline import redaction
-from pipeline.errors import PipelineError
+from base import redaction
+from base.errors import PipelineError
+from base.section import Count, Fraction, Positive, Section
+from training.config import TrainConfig
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
 Size = tuple[Count, Count]
 Range = tuple[float, float]
 EXACT_TAPS = ("boxes", "inst2d")  # ragged, stored as they are
@@ -26,12 +25,6 @@ COARSEST_STRIDE = 32  # pixels per cell of an image backbone's last stage
 
 class ParamsError(PipelineError):
     """params.yaml breaks its schema; the message has one line per problem."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SplitParams(Section):
@@ -144,37 +137,6 @@ class GridParams(Section):
             )
         if self.z[0] >= self.z[1]:
             raise ValueError(f"z {list(self.z)} must be [lowest, highest]")
-        return self
-
-
-class TrainConfig(Section):
-    """Settings of one training run."""
-
-    epochs: Count
-    batch_size: Count  # samples per step over all processes
-    lr: Positive
-    weight_decay: float = Field(0.01, ge=0.0)
-    warmup: float = Field(0.3, ge=0.0, lt=1.0)  # fraction of the steps over which the rate rises
-    grad_clip: float = Field(0.0, ge=0.0)  # largest gradient norm; 0 = no clipping
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    ema_decay: float = Field(0.0, ge=0.0, lt=1.0)  # 0 = off
-    schedule: Literal["one_cycle", "cosine", "multi_step"] = "one_cycle"
-    milestones: list[Fraction] = []  # multi_step: shares of the training after each of which the rate falls to a tenth
-    balanced: bool = False  # class-balanced resampling of the keyframes (CBGS)
-    accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
-    checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
-    log_every: Count = 10  # steps
-    workers: int | None = Field(None, ge=0)  # loader processes; none given: 1, or one per core up to 8 beside a GPU
-    lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}  # module of the model -> factor of its rate; 0: frozen
-
-    @model_validator(mode="after")
-    def _milestones_belong_to_steps(self) -> Self:
-        if (self.schedule == "multi_step") != bool(self.milestones):
-            raise ValueError(
-                f"milestones {self.milestones} with schedule {self.schedule!r}: multi_step, and it alone, needs them"
-            )
-        if self.milestones != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {self.milestones} must ascend")
         return self
 
 

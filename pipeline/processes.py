@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from pipeline import redaction
-from pipeline.environment import die_with_parent
+from base import redaction
+from base.environment import die_with_parent
 
 Child = subprocess.Popen[str]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 from pipeline.params import Params, ParamsError, flatten, load_params
 
 COMMENT_COLUMN = 30

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from base.environment import cores
 from pipeline import gpus
-from pipeline.environment import cores
 
 LIMIT = "gpu"
 LEASE_SECONDS = 60.0  # Prefect's least: so long after a kill -9 the slots of a flow are free again

@@ -27,11 +27,12 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
+from base.environment import ROOMS, die_with_parent, prepare, sync_file_system
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
 from pipeline import graph, launchers
-from pipeline.environment import ROOMS, die_with_parent, prepare, sync_file_system
-from pipeline.errors import PipelineError
 from pipeline.graph import StageSpec
-from pipeline.launchers import GRACE_SECONDS, PREEMPTED, UNDER, Job
+from pipeline.launchers import GRACE_SECONDS, UNDER, Job
 from pipeline.params import Params, load_params, split_key
 from pipeline.tracking import PARENT, MlflowTracker, NullTracker, Tracker, git_tags, run_link
 

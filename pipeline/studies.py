@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 from pipeline.params import Params, ParamsError, read_yaml
 from pipeline.profiles import GROUND, apply_overlays, profile_overlay, section
 

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 
-from pipeline import redaction, sending
-from pipeline.errors import PipelineError
+from base import redaction
+from base.errors import PipelineError
+from pipeline import sending
 from pipeline.params import flatten
 
 if TYPE_CHECKING:

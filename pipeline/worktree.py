@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 from pipeline.params import Params, load_params, read_yaml
 from pipeline.profiles import GROUND, apply_profile, available, lay_over, profile_overlay
 from pipeline.studies import apply_study, read_study

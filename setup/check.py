@@ -44,7 +44,7 @@ def _compare_with_dense(device: str) -> None:
     from spconv.pytorch import SparseConv3d, SparseConvTensor, ops
 
     if device == "cpu":
-        ops.get_current_stream = lambda: 0  # see models/sparse_convolution.py, whose package need not be here
+        ops.get_current_stream = lambda: 0  # see models/layers/sparse_convolution.py, whose package need not be here
     # spconv's CPU kernel that adds results up is wrong with several threads (spconv 2.3.8).
     torch.set_num_threads(1)
     torch.manual_seed(0)

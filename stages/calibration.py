@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from data.store import Calibration, TapSpec
 from pipeline.params import StoreParams
-from stages.frozen import KEEP, Frozen, Outputs
-from stages.identity import encoding
+from stages.teaching.frozen import KEEP, Frozen, Outputs
+from stages.teaching.identity import encoding
 
 
 def tap_specs(teacher: Frozen, store: StoreParams, sample: Outputs) -> dict[str, TapSpec]:

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import bev_matrix
-from data.batch import Batch, collate
-from data.boxes import transform_boxes
-from data.dataset import GridConfig
+from data.reading.augment import bev_matrix
+from data.reading.batch import Batch, collate
+from data.reading.boxes import transform_boxes
+from data.reading.dataset import GridConfig
 from data.store import Store
-from models.head_maps import task_scores
-from models.targets import TargetEncoder
+from models.head.head_maps import task_scores
+from models.head.targets import TargetEncoder
 from pipeline.params import Params
 from stages.calibration import rounded
-from stages.frozen import BATCH, Frozen, FrozenTeacher, View, evenly
-from stages.inputs import grown_grid, plain_dataset
-from stages.serving import serve_head, serve_maps
+from stages.inputs.datasets import grown_grid, plain_dataset
+from stages.teaching.frozen import BATCH, Frozen, FrozenTeacher, View, evenly
+from stages.teaching.serving import serve_head, serve_maps
 
 # Augmentations whose gap is measured.
 PROBES: Final[Mapping[str, Mapping[str, Any]]] = {

@@ -24,9 +24,10 @@ from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from data.batch import Batch, collate
-from models.camera import CameraDetector
-from models.detector import Detector, build_detector
+from data.reading.batch import Batch, collate
+from models.detectors.build import build_detector
+from models.detectors.camera import CameraDetector
+from models.detectors.detector import Detector
 from pipeline.params import Params
 from pipeline.stage import StageContext
 from stages.synthetic import random_samples

@@ -11,24 +11,26 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.batch import collate
-from data.blobs import BlobError
-from data.dataset import NuScenesDataset
+from data.reading.batch import collate
+from data.reading.blobs import BlobError
+from data.reading.dataset import NuScenesDataset
 from data.store import Store, StoreError
-from data.teacher import TaughtDataset, collate_taught
 from distill import Recipe, TermConfig
-from models.detector import Detector, build_detector
-from models.targets import TargetEncoder
-from pipeline.params import BevParams, ImportParams, StudentParams, TrainConfig, split_key
-from pipeline.seeding import MODEL, RECIPE, seed_everything
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.head.targets import TargetEncoder
+from pipeline.params import BevParams, ImportParams, StudentParams, split_key
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import WATCHED
-from stages.frozen import evenly
-from stages.identity import store_identity
-from stages.inputs import plain_dataset, training_dataset
-from stages.sources import OnlineTeacher, Sources
+from stages.inputs.datasets import plain_dataset, training_dataset
+from stages.inputs.weights import load_detector, save_detector, start_from, start_in_part
+from stages.teaching.frozen import evenly
+from stages.teaching.identity import store_identity
+from stages.teaching.sources import OnlineTeacher, Sources
+from stages.teaching.taught import TaughtDataset, collate_taught
 from stages.training import train_stage
-from stages.weights import load_detector, save_detector, start_from, start_in_part
+from training.config import TrainConfig
+from training.seeding import MODEL, RECIPE, seed_everything
+from training.trainer import WATCHED
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import confusion, pictures
-from data.batch import collate
-from data.blobs import BlobError
-from data.classes import CLASSES
-from data.dataset import NuScenesDataset
-from data.metrics import (
+from base.environment import cores
+from base.progress import ProgressBar
+from data.drawing import pictures
+from data.reading.batch import collate
+from data.reading.blobs import BlobError
+from data.reading.classes import CLASSES
+from data.reading.dataset import NuScenesDataset
+from data.scoring import confusion
+from data.scoring.metrics import (
     MEAN_ERRORS,
     Evaluation,
     MetricsError,
@@ -30,15 +33,13 @@ from data.metrics import (
     summary,
     write_devkit_files,
 )
-from data.submission import SampleDetections, SubmissionError, build_submission, write_submission
-from models.detector import Detector
-from pipeline.environment import cores
+from data.scoring.submission import SampleDetections, SubmissionError, build_submission, write_submission
+from models.detectors.detector import Detector
 from pipeline.params import split_key
-from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
 from pipeline.tracking import scores
-from stages.inputs import plain_dataset
-from stages.weights import load_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import load_detector
 
 logger = logging.getLogger(__name__)
 

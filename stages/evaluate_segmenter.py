@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from data import pictures
-from data.augment import ImageConfig
-from data.blobs import BlobError
-from data.classes import CLASSES
-from data.coco import CocoError, CocoInstances, ImageBatch, collate_images
-from data.coco_metrics import InstanceTruth, as_results
-from data.instances import ImageInstances, StoredInstances, in_image
-from pipeline.environment import cores
+from base.environment import cores
+from base.progress import ProgressBar
+from data.drawing import pictures
+from data.reading.augment import ImageConfig
+from data.reading.blobs import BlobError
+from data.reading.classes import CLASSES
+from data.reading.coco import CocoError, CocoInstances, ImageBatch, collate_images
+from data.reading.instances import ImageInstances, StoredInstances, in_image
+from data.scoring.coco_metrics import InstanceTruth, as_results
 from pipeline.params import InstancesParams
-from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
-from stages.instances import InstanceFinder
+from stages.inputs.segmenters import InstanceFinder
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from data.batch import Batch, collate
-from data.build import RADAR_SWEEPS
-from data.index import RADARS
-from models.camera import CameraDetector
-from models.center_head import MAX_LOG_SIZE, GridCenterHead
-from models.detector import Detector
+from data.preparing.build import RADAR_SWEEPS
+from data.reading.batch import Batch, collate
+from data.reading.index import RADARS
+from models.detectors.camera import CameraDetector
+from models.detectors.detector import Detector
+from models.head.center_head import MAX_LOG_SIZE, GridCenterHead
 from pipeline.params import Params, load_params
 from pipeline.stage import StageError, publish
 from stages.cost import parameters_of
 from stages.export_check import EAGER, TOLERANCE, Difference, Maps, Runner, compare, latencies_ms
-from stages.inputs import plain_dataset
-from stages.weights import WEIGHTS, checksum_of, load_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import WEIGHTS, checksum_of, load_detector
 
 EXPORTS: Final = Path("outputs/exports")
 FILES: Final = {"onnx": "model.onnx", "torch": "model.pt2"}

@@ -10,8 +10,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from models.center_head import GridCenterHead
-from models.detector import Detections, Detector
+from models.detectors.detector import Detector
+from models.head.center_head import GridCenterHead
+from models.ports import Detections
 
 TOLERANCE: Final = 1e-3  # of head maps, and of boxes in their own units
 REPEATS: Final = 5  # of a timed forward pass

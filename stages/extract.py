@@ -22,7 +22,9 @@ from typing import Any, Final
 import torch
 import torch.distributed
 
-from data.blobs import BlobError
+from base.progress import ProgressBar
+from base.stopping import Preempted
+from data.reading.blobs import BlobError
 from data.store import (
     Calibration,
     StaleStoreError,
@@ -35,13 +37,11 @@ from data.store import (
     plan,
     read_calibration,
 )
-from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
-from pipeline.trainer import Preempted
 from stages.calibration import calibrate, errors, tap_specs
 from stages.card import make_card, measure_gaps, metrics, table
-from stages.frozen import Outputs, evenly, freeze
-from stages.identity import store_identity
+from stages.teaching.frozen import Outputs, evenly, freeze
+from stages.teaching.identity import store_identity
 
 logger = logging.getLogger(__name__)
 

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import pictures
-from data.batch import collate
-from data.blobs import BlobError
-from data.dataset import NuScenesDataset
-from models.detector import Detector
+from data.drawing import pictures
+from data.reading.batch import collate
+from data.reading.blobs import BlobError
+from data.reading.dataset import NuScenesDataset
+from models.detectors.detector import Detector
 from pipeline.params import Params, split_key
 from pipeline.stage import StageContext, StageError
-from stages.inputs import plain_dataset
-from stages.weights import load_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import load_detector
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from data import pictures
-from data.blobs import BlobError
-from data.boxes import lidar_boxes_from_global
-from data.classes import CLASSES
-from data.geometry import Float64
-from data.index import Index
+from base.progress import ProgressBar
+from data.drawing import pictures
+from data.reading.blobs import BlobError
+from data.reading.boxes import lidar_boxes_from_global
+from data.reading.classes import CLASSES
+from data.reading.geometry import Float64
+from data.reading.index import Index
 from pipeline.params import Params
-from pipeline.progress import ProgressBar
 from pipeline.report.results import Arm, Study
 from pipeline.report.scenes import extremes, fullest, scene_gains
 from pipeline.stage import StageContext, StageError

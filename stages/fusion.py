@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from models.detector import Detector
+from models.detectors.detector import Detector
 from pipeline.stage import StageContext
+from stages.inputs.weights import start_in_part
 from stages.teacher import train_teacher
-from stages.weights import start_in_part
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from base.progress import ProgressBar
 from data.city import CityConfig, generate, plan_scenes
-from pipeline.progress import ProgressBar
 from pipeline.stage import StageContext, StageError
 
 logger = logging.getLogger(__name__)

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.classes import CATEGORY_TO_CLASS, CLASSES
-from models.images import IMAGE_MEAN, IMAGE_STD
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
+from data.reading.classes import CATEGORY_TO_CLASS, CLASSES
+from models.layers.images import IMAGE_MEAN, IMAGE_STD
 from pipeline.params import COARSEST_STRIDE, ImportParams, SegmenterParams, read_yaml
 from pipeline.stage import publish
-from stages.instances import PREFIX, detection_names, make_segmenter, segmenter_config
-from stages.weights import WEIGHTS, checksum_of, fill, save_detector
+from stages.inputs.segmenters import PREFIX, detection_names, make_segmenter, segmenter_config
+from stages.inputs.weights import WEIGHTS, checksum_of, fill, save_detector
 
 IMPORTED: Final = Path("imported")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from models.detector import Detector
+from models.detectors.detector import Detector
 from pipeline.stage import StageContext
 from stages.fusion import CAMERA_MODULES
+from stages.inputs.weights import start_in_part
 from stages.teacher import train_teacher
-from stages.weights import start_in_part
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from data.blobs import BlobError
-from data.build import Summary, build_index
-from data.tables import TableError
+from data.preparing.build import Summary, build_index
+from data.preparing.tables import TableError
+from data.reading.blobs import BlobError
 from pipeline.stage import StageContext, StageError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from data.index import Index
+from data.reading.index import Index
 from pipeline import comparison, graph
 from pipeline.params import Params
 from pipeline.report.build import build

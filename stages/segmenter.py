@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from data.augment import ImageConfig
-from data.blobs import BlobError
-from data.classes import CLASSES
-from data.coco import CocoError, CocoInstances, collate_images
-from models.segmenter import Segmenter
+from data.reading.augment import ImageConfig
+from data.reading.blobs import BlobError
+from data.reading.classes import CLASSES
+from data.reading.coco import CocoError, CocoInstances, collate_images
+from models.detectors.segmenter import Segmenter
 from pipeline.params import SegmenterParams
-from pipeline.seeding import MODEL, seed_everything
 from pipeline.stage import StageContext, StageError
-from stages.instances import detection_names, make_segmenter, segmenter_config
+from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
+from stages.inputs.weights import save_detector, start_from
 from stages.training import train_stage
-from stages.weights import save_detector, start_from
+from training.seeding import MODEL, seed_everything
 
 
 class Supervised:

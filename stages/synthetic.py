@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from data.batch import Sample
-from models.camera import CAMERAS
+from data.reading.batch import Sample
+from models.detectors.camera import CAMERAS
 from pipeline.params import Params
 
 RADARS: Final = 5

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from data.batch import collate
-from data.blobs import BlobError
-from models.detector import Detector, build_detector
-from pipeline.seeding import MODEL, seed_everything
+from data.reading.batch import collate
+from data.reading.blobs import BlobError
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
 from pipeline.stage import StageContext, StageError
-from stages.inputs import training_dataset
+from stages.inputs.datasets import training_dataset
+from stages.inputs.weights import save_detector
 from stages.training import train_stage
-from stages.weights import save_detector
+from training.seeding import MODEL, seed_everything
 
 
 class Supervised:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.params import TrainConfig
 from pipeline.stage import StageContext
-from pipeline.trainer import Task, train
+from training.config import TrainConfig
+from training.trainer import Task, train
 
 
 def train_stage(
@@ -22,7 +22,7 @@ def train_stage(
     seed: int,
     classes: Callable[[], Sequence[Iterable[int]]] | None = None,
 ) -> dict[str, Tensor]:
-    """`pipeline.trainer.train` in the stage's scratch folder, under its address, until the stage is asked to stop.
+    """`training.trainer.train` in the stage's scratch folder, under its address, until the stage is asked to stop.
 
     Args:
         context: of the stage.
@@ -37,7 +37,7 @@ def train_stage(
         Averaged weights by name, on the CPU.
 
     Raises:
-        What `pipeline.trainer.train` raises, and what the dataset does.
+        What `training.trainer.train` raises, and what the dataset does.
     """
     return train(
         task,

@@ -20,7 +20,7 @@ from typing import Any
 
 from data.city.config import CityConfig, ScenePlan
 from data.city.schema import SHARED, TABLES, Record, coco_categories, shared_tables
-from data.splits import official_splits
+from data.preparing.splits import official_splits
 
 Progress = Callable[[int, str], None]
 """Called with the number of scenes done and the name of the latest."""

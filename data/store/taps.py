@@ -26,7 +26,7 @@ class TapSpec:
     """Shape and encoding of a tap's arrays as they are stored.
 
     Dense maps are [H, W, K] with an encoding; ragged arrays, whose first size is None, are kept exactly: boxes [K, 11]
-    and, as bytes [n], instances that `data.instances.pack` made.
+    and, as bytes [n], instances that `data.reading.instances.pack` made.
     """
 
     shape: tuple[int | None, ...]

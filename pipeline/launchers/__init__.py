@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import os
 
-from pipeline.errors import PipelineError
-from pipeline.launchers.job import GRACE_SECONDS, PREEMPTED, UNDER, Job
+from base.errors import PipelineError
+from pipeline.launchers.job import GRACE_SECONDS, UNDER, Job
 
-__all__ = ["FAR", "GRACE_SECONDS", "LAUNCHERS", "PREEMPTED", "UNDER", "Job", "chosen", "run"]
+__all__ = ["FAR", "GRACE_SECONDS", "LAUNCHERS", "UNDER", "Job", "chosen", "run"]
 
 FAR = ("slurm", "ray")  # on other machines, whose GPUs are no matter of leases here, and whose queues take time
 LAUNCHERS = ("local", "torchrun", *FAR)

@@ -11,12 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.graph import StageSpec
 
-PREEMPTED = 75  # exit code (EX_TEMPFAIL): stopped by SIGTERM, what is in scratch resumes
 GRACE_SECONDS = 120.0  # from SIGTERM to the end of a stage that is saving
 FAR_SECONDS = 45.0  # from SIGTERM here to the hard end of a far stage: before the flow kills who would do that
 UNDER = "PIPELINE_UNDER"  # environment: the launcher that started this process for another one, which has the last word

@@ -20,9 +20,10 @@ from typing import Any
 
 import psutil
 
-from pipeline.environment import die_with_parent
-from pipeline.errors import PipelineError
-from pipeline.launchers.job import FAR_SECONDS, NODE_RANK, PREEMPTED, RENDEZVOUS, Job, Stopping
+from base.environment import die_with_parent
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
+from pipeline.launchers.job import FAR_SECONDS, NODE_RANK, RENDEZVOUS, Job, Stopping
 
 logger = logging.getLogger(__name__)
 

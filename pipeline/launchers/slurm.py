@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.errors import PipelineError
-from pipeline.launchers.job import FAR_SECONDS, GRACE_SECONDS, NODE_RANK, PREEMPTED, RENDEZVOUS, Job, Stopping
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
+from pipeline.launchers.job import FAR_SECONDS, GRACE_SECONDS, NODE_RANK, RENDEZVOUS, Job, Stopping
 
 logger = logging.getLogger(__name__)
 

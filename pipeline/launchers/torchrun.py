@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 
+from base.environment import die_with_parent
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
 from pipeline import gpus
-from pipeline.environment import die_with_parent
-from pipeline.errors import PipelineError
-from pipeline.launchers.job import GRACE_SECONDS, NODE_RANK, PREEMPTED, RENDEZVOUS, UNDER, Job, Stopping
+from pipeline.launchers.job import GRACE_SECONDS, NODE_RANK, RENDEZVOUS, UNDER, Job, Stopping
 
 logger = logging.getLogger(__name__)
 JOIN_SECONDS = 300  # for which the processes of one node wait for those of the others

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 from pipeline.report.statistics import Interval, mean_interval, paired_difference
 
 ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")

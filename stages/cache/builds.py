@@ -11,16 +11,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Literal
 
-from data.blobs import BlobError
-from data.index import IndexFormatError
+from base.errors import PipelineError
+from data.reading.blobs import BlobError
+from data.reading.index import IndexFormatError
 from data.store import Store, StoreError, StoreIdentity, read_calibration
 from data.store.layout import MANIFEST
 from pipeline import graph
-from pipeline.errors import PipelineError
 from pipeline.params import Params
 from pipeline.stage import SCRATCH
 from stages.extract import BUILD, KEPT
-from stages.identity import store_identity
+from stages.teaching.identity import store_identity
 
 STORES: Final = Path("outputs/stores")
 ASIDE: Final = "damaged"  # beside the builds of a store: the damaged files that verify took out of it

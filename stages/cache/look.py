@@ -8,14 +8,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from data import pictures
-from data.index import CAMERAS, Index
-from data.instances import ImageInstances, StoredInstances, in_image, unpack
+from base.errors import PipelineError
+from data.drawing import pictures
+from data.reading.index import CAMERAS, Index
+from data.reading.instances import ImageInstances, StoredInstances, in_image, unpack
 from data.store import Store
-from pipeline.errors import PipelineError
 from pipeline.params import Params, load_params
 from stages.cache.builds import STORES, actionable, chosen, published
-from stages.inputs import INDEX
+from stages.inputs.datasets import INDEX
 
 TOKEN_LETTERS: Final = 8  # of a token in a file's name
 

@@ -24,7 +24,7 @@ from stages.cache.builds import (
     taken_over,
 )
 from stages.cache.table import table
-from stages.identity import describe
+from stages.teaching.identity import describe
 
 
 @dataclass(frozen=True)

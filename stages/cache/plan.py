@@ -15,10 +15,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from base.errors import PipelineError
 from data.store import TapSpec, mean_bytes, plan
 from data.store.writer import readable
-from models.detector import build_detector
-from pipeline.errors import PipelineError
+from models.detectors.build import build_detector
 from pipeline.params import Params, StoreParams, load_params
 from pipeline.stage import SCRATCH
 from stages.cache.builds import STORES, actionable, builds, chosen, published, resumed_in, state
@@ -26,9 +26,9 @@ from stages.cache.table import duration, table
 from stages.calibration import calibrate, tap_specs
 from stages.card import PROBES
 from stages.extract import BUILD, UNSEEN
-from stages.frozen import Frozen, Outputs, evenly, freeze
-from stages.instances import make_segmenter, segmenter_config
-from stages.weights import save_detector
+from stages.inputs.segmenters import make_segmenter, segmenter_config
+from stages.inputs.weights import save_detector
+from stages.teaching.frozen import Frozen, Outputs, evenly, freeze
 
 TRAINVAL: Final = 28_130  # training samples of nuScenes v1.0-trainval: Caesar et al., CVPR 2020, section 5
 MEASURED: Final = 8  # samples that are timed and encoded, after one to warm up

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.environment import die_with_parent
+from base.errors import PipelineError
 from data.store import DamagedShardError, Store, StoreError, find_damage
 from data.store.layout import MANIFEST, read_contents
 from data.store.writer import check_chunks, readable
 from pipeline import graph
-from pipeline.environment import die_with_parent
-from pipeline.errors import PipelineError
 from pipeline.params import Params, load_params
 from pipeline.stage import rerun_command
 from stages.cache.builds import ASIDE, STORES, actionable, chosen, folder_bytes, held, lock_file, published

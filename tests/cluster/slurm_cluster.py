@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.environment import die_with_parent
+from base.environment import die_with_parent
 from tests.pipeline.project import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launchers import PREEMPTED
+from base.stopping import PREEMPTED
 from tests.cluster.stages import NAME, prepared
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launchers import PREEMPTED
+from base.stopping import PREEMPTED
 from tests.cluster.slurm_cluster import Slurm
 from tests.cluster.stages import NAME, prepared
 from tests.pipeline.project import Project, wait_until

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from pyquaternion import Quaternion
 
-from data.augment import BevConfig, ImageConfig
-from data.build import build_index
-from data.dataset import GridConfig, InputConfig
-from data.index import CAMERAS, LIDAR, RADARS, Index
+from data.preparing.build import build_index
+from data.reading.augment import BevConfig, ImageConfig
+from data.reading.dataset import GridConfig, InputConfig
+from data.reading.index import CAMERAS, LIDAR, RADARS, Index
 
 VERSION = "v1.0-mini"
 SCENES = {"scene-0061": 3, "scene-0103": 2}  # one of mini_train, one of mini_val

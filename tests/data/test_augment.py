@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.augment import BevConfig, ImageConfig, draw_bev_matrix, draw_image_matrices, image_matrix
-from data.dataset import GridConfig, InputConfig
-from data.sensors import load_image
+from data.reading.augment import BevConfig, ImageConfig, draw_bev_matrix, draw_image_matrices, image_matrix
+from data.reading.dataset import GridConfig, InputConfig
+from data.reading.sensors import load_image
 
 RAW = (360, 640)
 SPOT = 24  # raw pixels; a disc large enough to be seen at a quarter of the size

@@ -10,8 +10,8 @@ from nuscenes.utils.data_classes import Box
 from nuscenes.utils.geometry_utils import transform_matrix
 from pyquaternion import Quaternion
 
-from data.augment import bev_matrix
-from data.boxes import (
+from data.reading.augment import bev_matrix
+from data.reading.boxes import (
     box_corners,
     boxes_in_range,
     global_from_lidar_boxes,
@@ -19,7 +19,7 @@ from data.boxes import (
     points_in_boxes,
     transform_boxes,
 )
-from data.geometry import inverse, rotation_matrices, se3
+from data.reading.geometry import inverse, rotation_matrices, se3
 
 SEEDS = st.integers(0, 2**31)
 AUGMENTATIONS = st.builds(

@@ -4,7 +4,7 @@ import numpy as np
 from nuscenes.eval.detection.constants import ATTRIBUTE_NAMES, DETECTION_NAMES
 from nuscenes.eval.detection.utils import category_to_detection_name, detection_name_to_rel_attributes
 
-from data.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES, TASKS, attributes_from_speed
+from data.reading.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES, TASKS, attributes_from_speed
 
 
 def test_classes_and_attributes_are_those_of_the_devkit() -> None:

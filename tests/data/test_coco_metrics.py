@@ -15,10 +15,10 @@ from mmdet.evaluation.metrics import CocoMetric
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data.classes import CLASSES
-from data.coco import CocoError
-from data.coco_metrics import SUMMARY, InstanceTruth, as_results
-from data.instances import ImageInstances, encode_masks
+from data.reading.classes import CLASSES
+from data.reading.coco import CocoError
+from data.reading.instances import ImageInstances, encode_masks
+from data.scoring.coco_metrics import SUMMARY, InstanceTruth, as_results
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 from nuscenes.eval.common.config import config_factory
 
-from data.build import build_index
-from data.classes import CLASSES
-from data.confusion import DISTANCE, confusion, draw
-from data.index import Index
-from data.metrics import CONFIG, evaluate_submission, open_tables
-from data.submission import SampleDetections, build_submission, write_submission
+from data.preparing.build import build_index
+from data.reading.classes import CLASSES
+from data.reading.index import Index
+from data.scoring.confusion import DISTANCE, confusion, draw
+from data.scoring.metrics import CONFIG, evaluate_submission, open_tables
+from data.scoring.submission import SampleDetections, build_submission, write_submission
 
 CAR, BUS = CLASSES.index("car"), CLASSES.index("bus")
 LAST = len(CLASSES)

@@ -14,15 +14,15 @@ from pyquaternion import Quaternion
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, Sample, collate
-from data.blobs import BlobError
-from data.boxes import boxes_in_range, points_in_boxes, transform_boxes
-from data.build import build_index
-from data.classes import CATEGORY_TO_CLASS, CLASSES
-from data.dataset import GridConfig, InputConfig, NuScenesDataset
-from data.geometry import inverse, project
-from data.index import CAMERAS, LIDAR, RADARS, Index
-from data.sensors import depth_map, load_points, load_radar, read_points
+from data.preparing.build import build_index
+from data.reading.batch import Batch, Sample, collate
+from data.reading.blobs import BlobError
+from data.reading.boxes import boxes_in_range, points_in_boxes, transform_boxes
+from data.reading.classes import CATEGORY_TO_CLASS, CLASSES
+from data.reading.dataset import GridConfig, InputConfig, NuScenesDataset
+from data.reading.geometry import inverse, project
+from data.reading.index import CAMERAS, LIDAR, RADARS, Index
+from data.reading.sensors import depth_map, load_points, load_radar, read_points
 
 KEYS = [(epoch, position, index) for epoch in (0, 3) for position, index in enumerate((2, 0, 1))]
 

@@ -17,12 +17,12 @@ import pytest
 from nuscenes.utils.splits import create_splits_scenes
 from pyquaternion import Quaternion
 
-from data.blobs import BlobError
-from data.build import build_index
-from data.classes import ATTRIBUTES, CLASSES
-from data.index import CAMERAS, FILE, LIDAR, Index, IndexFormatError
-from data.splits import official_splits
-from data.tables import TableError
+from data.preparing.build import build_index
+from data.preparing.splits import official_splits
+from data.preparing.tables import TableError
+from data.reading.blobs import BlobError
+from data.reading.classes import ATTRIBUTES, CLASSES
+from data.reading.index import CAMERAS, FILE, LIDAR, Index, IndexFormatError
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ("v1.0-mini", ["mini_train", "mini_val"])
@@ -172,9 +172,9 @@ def test_opening_is_fast_reads_no_pickle_and_imports_no_devkit(made_index: Index
 import pickle, sys, time
 def refuse(*args, **kwargs): raise AssertionError("unpickled")
 pickle.load = pickle.loads = pickle.Unpickler = refuse
-import data.index, data.dataset
+import data.reading.index, data.reading.dataset
 start = time.process_time()
-index = data.index.Index.open({str(made_index.path)!r})
+index = data.reading.index.Index.open({str(made_index.path)!r})
 assert [index.sample(row).token for row in range(len(index))]
 assert time.process_time() - start < 0.5
 assert "nuscenes" not in sys.modules

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from data.augment import image_matrix
-from data.instances import (
+from data.reading.augment import image_matrix
+from data.reading.instances import (
     CameraBatch,
     CameraInstances,
     ImageInstances,
@@ -30,7 +30,7 @@ from data.instances import (
     unpack,
     warp_masks,
 )
-from data.sensors import load_image
+from data.reading.sensors import load_image
 
 RAW, SIZE = (180, 320), (48, 96)  # raw image; a segmenter's
 

@@ -10,10 +10,7 @@ import pytest
 import torch
 from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 
-from data.classes import CLASSES
-from data.index import CAMERAS, Index
-from data.instances import ImageInstances
-from data.pictures import (
+from data.drawing.pictures import (
     COLOURS,
     HALF,
     NEAR,
@@ -28,6 +25,9 @@ from data.pictures import (
     load_view,
     project_boxes,
 )
+from data.reading.classes import CLASSES
+from data.reading.index import CAMERAS, Index
+from data.reading.instances import ImageInstances
 
 K = np.array([[100.0, 0, 80], [0, 100.0, 45], [0, 0, 1]])
 

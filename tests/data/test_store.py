@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.instances import pack, unpack
+from data.reading.instances import pack, unpack
 from data.store import (
     Calibration,
     DamagedShardError,

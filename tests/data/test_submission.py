@@ -12,10 +12,10 @@ import torch
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
-from data.build import build_index
-from data.index import Index
-from data.metrics import MetricsError, evaluate_submission, open_tables
-from data.submission import SampleDetections, SubmissionError, build_submission, write_submission
+from data.preparing.build import build_index
+from data.reading.index import Index
+from data.scoring.metrics import MetricsError, evaluate_submission, open_tables
+from data.scoring.submission import SampleDetections, SubmissionError, build_submission, write_submission
 
 
 def truth(index: Index, split: str) -> dict[str, SampleDetections]:

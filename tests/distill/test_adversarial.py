@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill import TermConfig
 from distill.adversarial import AdversarialTerm, Discriminator, ramp, reverse_gradient
-from models.detector import Prediction
+from models.ports import Prediction
 
 CONFIG = {"student": "bev_neck", "teacher": "lidar.bev_lift", "adapter": {"kind": "grl_disc", "width": 8},
           "distance": "bce_adv", "weight": 0.1}

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.instances import PROPOSALS, InstanceTerm
 from distill.term import Outcome
 from distill.terms import TermConfig
-from models.detector import Prediction
+from models.ports import Prediction
 
 CHANNELS, STRIDE, CLASSES, CAMERAS = 6, 8, 3, 2
 SIZE = (64, 96)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distill import Recipe, TermConfig
-from models.center_head import REGRESSION
-from models.detector import Prediction, head_map
-from models.grid import Grid
-from models.targets import TargetEncoder, draw_gaussians
+from models.head.center_head import REGRESSION
+from models.head.targets import TargetEncoder, draw_gaussians
+from models.layers.grid import Grid
+from models.ports import Prediction, head_map
 from tests.models.factory import random_boxes
 
 TASKS = (1, 2, 2, 1, 2, 2)

@@ -15,8 +15,10 @@ from torch import Tensor
 from distill import Recipe, TermConfig
 from distill.adapters import ADAPTERS
 from distill.masks import MASKS
-from models.center_head import REGRESSION
-from models.detector import Detector, Prediction, build_detector, head_map
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.head.center_head import REGRESSION
+from models.ports import Prediction, head_map
 from tests.models.factory import CAMERAS, IMAGE, camera_config, lidar_config, random_batch, random_boxes
 
 CLS = {"student": "head", "teacher": "lidar.boxes", "mask": {"kind": "teacher_conf", "threshold": 0.3},

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from distill import Recipe, TermConfig
 from distill.relations import EMPTY
-from models.detector import Prediction
-from models.grid import Grid
-from models.targets import TargetEncoder
+from models.head.targets import TargetEncoder
+from models.layers.grid import Grid
+from models.ports import Prediction
 from tests.models.factory import CAMERAS, IMAGE, random_batch
 
 CELLS, OURS, THEIRS = 10, 4, 5

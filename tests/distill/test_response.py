@@ -14,10 +14,11 @@ from torch import Tensor
 from distill import Recipe, TermConfig
 from distill.masks import PILLARS, MaskInput
 from distill.terms import MaskConfig
-from models.center_head import REGRESSION
-from models.detector import Prediction, build_detector, head_map
-from models.grid import Grid
-from models.targets import TargetEncoder
+from models.detectors.build import build_detector
+from models.head.center_head import REGRESSION
+from models.head.targets import TargetEncoder
+from models.layers.grid import Grid
+from models.ports import Prediction, head_map
 from tests.models.factory import camera_config, random_batch, second
 
 TASKS = (1, 2, 2, 1, 2, 2)

@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 import torch
 
-from data.build import build_index
-from models.detector import build_detector
+from data.preparing.build import build_index
+from models.detectors.build import build_detector
 from pipeline.params import load_params
 from pipeline.profiles import lay_over
-from stages.inputs import INDEX
-from stages.weights import save_detector
+from stages.inputs.datasets import INDEX
+from stages.inputs.weights import save_detector
 from tests.e2e.conftest import Project
 
 pytestmark = pytest.mark.xdist_group("real")

@@ -19,25 +19,26 @@ from mmdet3d.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
-from data.batch import Batch, collate
-from data.boxes import box_corners, transform_boxes
-from data.build import build_index
-from data.classes import CLASSES
-from data.instances import ImageInstances
+from data.preparing.build import build_index
+from data.reading.batch import Batch, collate
+from data.reading.boxes import box_corners, transform_boxes
+from data.reading.classes import CLASSES
+from data.reading.instances import ImageInstances
 from distill import TermConfig
-from models.detector import Detector, build_detector
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.detectors.segmenter import build_segmenter
 from models.inherit import inherited
-from models.segmenter import build_segmenter
 from pipeline.params import Params, load_params
 from pipeline.profiles import apply_profile, lay_over
-from pipeline.sampler import ClassBalance
-from pipeline.seeding import MODEL, seed_everything
-from pipeline.trainer import minimised
 from stages.distill import Distillation, make_recipe
-from stages.inputs import INDEX, training_dataset
-from stages.sources import OnlineTeacher
+from stages.inputs.datasets import INDEX, training_dataset
 from stages.teacher import Supervised
+from stages.teaching.sources import OnlineTeacher
 from tests.conftest import ROOT
+from training.sampler import ClassBalance
+from training.seeding import MODEL, seed_everything
+from training.trainer import minimised
 
 pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("paper")]
 VERSION, SPLIT = "v1.0-mini", "mini_train"

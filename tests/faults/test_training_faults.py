@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.launchers import PREEMPTED
-from tests.pipeline.toy import ROOT, run, trace
+from base.stopping import PREEMPTED
+from tests.training.toy import ROOT, run, trace
 
-TOY = str(ROOT / "tests/pipeline/toy.py")
+TOY = str(ROOT / "tests/training/toy.py")
 PAUSE = {"pause": 0.02}  # seconds per step, so that a signal finds the run alive
 EXACT = {"norm": False, "dropout": 0.0}
 FORK = multiprocessing.get_context("fork")

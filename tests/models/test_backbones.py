@@ -1,4 +1,4 @@
-"""The ResNets of models.backbones, against mmdet's."""
+"""The ResNets of models.layers.backbones, against mmdet's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-import models.backbones  # noqa: F401 (registers them)
-from models.registry import MODELS
+import models.layers.backbones  # noqa: F401 (registers them)
+from models.layers.registry import MODELS
 
 SMALL = {"depth": 18, "base_channels": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 0, "norm_eval": False}
 

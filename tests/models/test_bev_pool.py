@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.bev_pool import bev_pool, bev_pool_reference, pool_index
+from models.layers.bev_pool import bev_pool, bev_pool_reference, pool_index
 
 
 def problem(pixels: int, bins: int, channels: int, cells: int, seed: int = 0,

@@ -13,8 +13,10 @@ from mmcv.ops import MultiScaleDeformableAttention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.bev_attention
-from models.bev_attention import (
+import models.layers.bev_attention
+from models.detectors.bevformer import BEVEmbeddings, BEVFormer
+from models.detectors.build import build_detector
+from models.layers.bev_attention import (
     EncoderLayer,
     Samples,
     Sight,
@@ -24,10 +26,8 @@ from models.bev_attention import (
     pick,
     seen_first,
 )
-from models.bevformer import BEVEmbeddings, BEVFormer
-from models.detector import build_detector
-from models.grid import Grid
-from models.registry import MODELS
+from models.layers.grid import Grid
+from models.layers.registry import MODELS
 from tests.models.factory import bevformer_config, random_batch, read_by, trained
 
 CHANNELS, SIDE, HEADS, POINTS, HEIGHTS = 12, 6, 3, 2, [-1.5, -0.5]
@@ -333,13 +333,13 @@ def test_embeddings_are_named_as_those_who_inherit_them_expect() -> None:
 
 def test_places_are_not_rounded_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """What deformable attention is told and given is float32 under autocast, and the output changes little."""
-    plain, dtypes = models.bev_attention.deformable_attention, set()
+    plain, dtypes = models.layers.bev_attention.deformable_attention, set()
 
     def watched(value: Tensor, shape: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:
         dtypes.update({value.dtype, locations.dtype, weights.dtype})
         return plain(value, shape, locations, weights)
 
-    monkeypatch.setattr(models.bev_attention, "deformable_attention", watched)
+    monkeypatch.setattr(models.layers.bev_attention, "deformable_attention", watched)
     model, batch = detector(), random_batch(frames=2)
     with torch.no_grad():
         exact = model(batch, ["bev_lift"]).taps["bev_lift"]

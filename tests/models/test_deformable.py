@@ -11,7 +11,7 @@ from mmcv.ops import ModulatedDeformConv2dPack, MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
-from models.deformable import (
+from models.layers.deformable import (
     HAS_KERNEL,
     KINDS,
     DeformableSelfAttention,

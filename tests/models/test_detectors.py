@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.bev_pool import bev_pool_reference
-from models.depth_net import DepthBins, camera_parameters, depth_loss
-from models.detector import Detector, build_detector, head_map
-from models.images import resized
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.layers.bev_pool import bev_pool_reference
+from models.layers.depth_net import DepthBins, camera_parameters, depth_loss
+from models.layers.images import resized
+from models.ports import head_map
 from tests.models.factory import (
     CAMERAS,
     COMPENSATION,

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from mmcv.ops import deform_conv2d
 from torch import Tensor, nn
 
-from models import bev_pool as pooling
-from models.bev_pool import bev_pool_by_product, bev_pool_reference
-from models.deformable import FullPrecisionDCNv2, FullPrecisionDeformConv, convolve_samples
-from models.detector import Detector, build_detector
-from models.padded_points import earlier
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.layers import bev_pool as pooling
+from models.layers.bev_pool import bev_pool_by_product, bev_pool_reference
+from models.layers.deformable import FullPrecisionDCNv2, FullPrecisionDeformConv, convolve_samples
+from models.layers.padded_points import earlier
 from tests.models.factory import RADAR_MAP, camera_config, lidar_config, radar_config, random_batch
 
 

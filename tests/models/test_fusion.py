@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from mmcv.ops import DeformConv2d, MultiScaleDeformableAttention
 
-from models.deformable import GeometryCompensation
-from models.detector import Detector, build_detector
-from models.fusion import ConvFuser
-from models.grid import Grid
-from models.lidar import LidarMap
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.detectors.fusion import ConvFuser
+from models.detectors.lidar import LidarMap
+from models.layers.deformable import GeometryCompensation
+from models.layers.grid import Grid
 from tests.models.factory import (
     COMPENSATION,
     GRID,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from models.images import depth_at, nearest_depth, resized
-from models.projection import project
+from models.layers.images import depth_at, nearest_depth, resized
+from models.layers.projection import project
 from tests.models.factory import IMAGE, random_batch
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.bev_attention import projection
-from models.bevformer import BEVEmbeddings
+from models.detectors.bevformer import BEVEmbeddings
 from models.inherit import inherited, narrowed, placed
+from models.layers.bev_attention import projection
 
 
 class Student(nn.Module):

@@ -11,8 +11,8 @@ from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack, RoIAlignRotate
 from mmcv.ops import RoIAlign as MmcvRoIAlign
 from torch import Tensor, nn
 
-from models.detector import build_detector
-from models.memory_layout import read_any_layout
+from models.detectors.build import build_detector
+from models.layers.memory_layout import read_any_layout
 from tests.models.factory import head_config, lidar_config, random_batch, trained
 
 CHANNELS = 8

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models.necks  # noqa: F401 (registers them)
-from models.registry import MODELS
+import models.layers.necks  # noqa: F401 (registers them)
+from models.layers.registry import MODELS
 
 
 def block(weights: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.grid import Grid
-from models.projection import inverse3, project, seen
+from models.layers.grid import Grid
+from models.layers.projection import inverse3, project, seen
 from tests.models.factory import CAMERAS, GRID, IMAGE, random_batch
 
 

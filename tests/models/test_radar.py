@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.detector import Detector, build_detector
-from models.grid import Grid
-from models.radar import RadarMap, scaled
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.detectors.radar import RadarMap, scaled
+from models.layers.grid import Grid
 from tests.models.factory import GRID, RADAR_MAP, camera_config, radar_config, random_batch, random_radar
 
 DETECTORS: dict[str, dict[str, Any]] = {"radar": radar_config(), "camera and radar": camera_config(radar=RADAR_MAP)}

@@ -7,7 +7,7 @@ import torch
 from mmcv.ops import RoIAlign as MmcvRoIAlign
 from torch import Tensor
 
-from models.roi_align import RoIAlign
+from models.layers.roi_align import RoIAlign
 
 
 def maps(channels_last: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from models.segmenter import Found, Segmenter, build_segmenter
+from models.detectors.segmenter import Found, Segmenter, build_segmenter
 
 CLASSES = ["car", "bus", "cone"]
 SIZE = (64, 96)

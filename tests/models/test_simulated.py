@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from distill import Outcome, Recipe, TermConfig
 from distill.features import MapTerm
-from models.depth_net import depth_loss
-from models.detector import Batch, Detector, Prediction, build_detector
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.layers.depth_net import depth_loss
+from models.ports import Batch, Prediction
 from tests.distill.test_prediction_terms import SIMDISTILL
 from tests.models.factory import (
     COMPENSATION,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.center_head import circle_nms
-from models.grid import Grid
-from models.targets import TargetEncoder, Targets
+from models.head.center_head import circle_nms
+from models.head.targets import TargetEncoder, Targets
+from models.layers.grid import Grid
 from tests.models.factory import random_boxes
 
 ENCODER = TargetEncoder(Grid(12.8, 0.8), (1, 2, 2, 1, 2, 2), (1,) * 10)

@@ -11,13 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.augment import bev_matrix
-from data.boxes import transform_boxes
-from models.center_head import REGRESSION, GridCenterHead
-from models.grid import Grid
-from models.head_maps import task_scores, warp_head
-from models.targets import TargetEncoder
-from models.warp import warp_bev
+from data.reading.augment import bev_matrix
+from data.reading.boxes import transform_boxes
+from models.head.center_head import REGRESSION, GridCenterHead
+from models.head.head_maps import task_scores, warp_head
+from models.head.targets import TargetEncoder
+from models.layers.grid import Grid
+from models.layers.warp import warp_bev
 from tests.models.factory import TASKS
 
 EXTENT = 51.2

@@ -13,8 +13,8 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from models.center_head import REGRESSION, GridCenterHead
-from models.targets import Targets
+from models.head.center_head import REGRESSION, GridCenterHead
+from models.head.targets import Targets
 
 TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
          ["pedestrian", "traffic_cone"]]

@@ -9,11 +9,11 @@ import torch
 from mmdet3d.registry import MODELS as THEIRS
 from torch import Tensor, nn
 
-import models.backbones
-import models.necks
-import models.pillars  # noqa: F401 (registers them)
-from models.detector import initialise
-from models.registry import MODELS as OURS
+import models.layers.backbones
+import models.layers.necks
+import models.layers.pillars  # noqa: F401 (registers them)
+from models.layers.initialising import initialise
+from models.layers.registry import MODELS as OURS
 
 RESNETS: list[dict[str, Any]] = [
     {"depth": 18},

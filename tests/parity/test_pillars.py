@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mmdet3d.models.voxel_encoders import PillarFeatureNet
 
-from models.pillars import PointwisePillarNet
+from models.layers.pillars import PointwisePillarNet
 
 SIZE, LIMITS = [0.8, 0.8, 8.0], [-51.2, -51.2, -5.0, 51.2, 51.2, 3.0]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pipeline.environment import die_with_parent
+from base.environment import die_with_parent
 from pipeline.processes import stop_groups
 from pipeline.profiles import apply_profile
 from tests.pipeline.project import ROOT, Project, free_port, wait_until

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill import Recipe, TermConfig
-from models.detector import Batch, Detector, build_detector
-from pipeline.trainer import train
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.ports import Batch
 from tests.models.factory import CAMERAS, camera_config, random_batch, random_boxes
-from tests.pipeline.toy import config
+from tests.training.toy import config
+from training.trainer import train
 
 CHANNELS = {"large.bev_lift": 12, "large.bev_prev": 12, "large.bev_view": 12 * CAMERAS, "large.head": 70}
 DENSE = {"student": "bev_neck", "teacher": "large.bev_lift", "adapter": {"kind": "conv1x1"}, "distance": "l1"}

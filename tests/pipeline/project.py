@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from ruamel.yaml import YAML
 
-from pipeline.environment import die_with_parent
+from base.environment import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 REMOVED = object()

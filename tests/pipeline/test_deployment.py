@@ -20,8 +20,8 @@ from prefect.states import Cancelling
 from prefect.utilities.templating import apply_values
 from ruamel.yaml import YAML
 
+from base.environment import ROOMS
 from pipeline import deployment
-from pipeline.environment import ROOMS
 from pipeline.slots import LIMIT
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 from tests.pipeline.test_flow import Trace, diamond

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from base.errors import PipelineError
+from base.stopping import PREEMPTED
 from pipeline import launchers
-from pipeline.errors import PipelineError
 from pipeline.graph import StageSpec
-from pipeline.launchers import PREEMPTED, Job, slurm, torchrun
+from pipeline.launchers import Job, slurm, torchrun
 from pipeline.launchers.job import Stopping
 from tests.pipeline.project import Project, free_port
 

@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 import pytest
 
-from pipeline import redaction
-from pipeline.errors import PipelineError
+from base import redaction
+from base.errors import PipelineError
 from pipeline.launchers import Job, slurm
 from pipeline.processes import together
 from pipeline.tracking import artifact_root, run_link

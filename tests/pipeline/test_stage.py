@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from base.stopping import PREEMPTED
 from pipeline import stage
-from pipeline.launchers import PREEMPTED
 from pipeline.params import load_params
 from pipeline.stage import StageError, Stop, publish
 from tests.pipeline.project import Project, wait_until

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.trainer import CopiedAhead
+from training.trainer import CopiedAhead
 
 
 @pytest.fixture

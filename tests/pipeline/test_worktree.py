@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
 from pipeline.params import load_params
 from pipeline.tracking import MlflowTracker
 from pipeline.worktree import describe, make

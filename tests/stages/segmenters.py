@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from data.store import Store
-from models.segmenter import build_segmenter
+from models.detectors.segmenter import build_segmenter
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.stage import StageContext, Stop
 from pipeline.tracking import NullTracker
 from stages import extract
-from stages.instances import segmenter_config
-from stages.weights import save_detector
+from stages.inputs.segmenters import segmenter_config
+from stages.inputs.weights import save_detector
 from tests.models.test_segmenter import small_model
 from tests.stages.untrained import make_root
 

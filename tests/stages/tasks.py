@@ -8,10 +8,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from distill import TermConfig
-from models.detector import Detector
-from pipeline.seeding import RECIPE, seed_everything
+from models.detectors.detector import Detector
 from pipeline.stage import StageContext
 from stages.distill import Distillation, make_recipe, open_sources, samples_of, tap_statistics, taught
+from training.seeding import RECIPE, seed_everything
 
 
 def task_of(

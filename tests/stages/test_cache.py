@@ -19,18 +19,18 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from data.build import build_index
-from data.pictures import Boxes, draw_map, feature_colours
+from base.environment import ROOMS, die_with_parent
+from base.errors import PipelineError
+from data.drawing.pictures import Boxes, draw_map, feature_colours
+from data.preparing.build import build_index
 from data.store import Encoding, Store, TapSpec
 from data.store.writer import readable
-from models.detector import build_detector
-from pipeline.environment import ROOMS, die_with_parent
-from pipeline.errors import PipelineError
+from models.detectors.build import build_detector
 from pipeline.params import StoreParams, merge
 from stages.cache import plan
 from stages.cache.plan import TRAINVAL, StoreCost, describe, tap_costs
 from stages.cache.table import duration, table
-from stages.weights import save_detector
+from stages.inputs.weights import save_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 4

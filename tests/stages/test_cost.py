@@ -12,8 +12,8 @@ import torch
 from mmcv.ops import DeformConv2dPack
 from torch import nn
 
-from data.batch import collate
-from models.detector import build_detector
+from data.reading.batch import collate
+from models.detectors.build import build_detector
 from pipeline.graph import StageSpec
 from pipeline.params import Params, read_yaml
 from pipeline.stage import StageContext, Stop

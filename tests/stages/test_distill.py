@@ -13,16 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.index import Index
+from data.reading.index import Index
 from data.store import StaleStoreError, Store, StoreError
-from data.teacher import TaughtDataset
 from distill import TermConfig
-from models.detector import Detector, build_detector
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
 from pipeline.graph import StageSpec
-from pipeline.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, TrainConfig, merge, read_yaml
+from pipeline.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
-from pipeline.trainer import WATCHED, minimised
 from stages import distill, extract
 from stages.distill import (
     Distillation,
@@ -33,10 +32,13 @@ from stages.distill import (
     tap_statistics,
     taught,
 )
-from stages.weights import checksum_of, save_detector
+from stages.inputs.weights import checksum_of, save_detector
+from stages.teaching.taught import TaughtDataset
 from tests.models.factory import GRID, camera_config, fusion_config, simulated_config
 from tests.stages.tasks import task_of
 from tests.stages.untrained import make_root
+from training.config import TrainConfig
+from training.trainer import WATCHED, minimised
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, HALO = 6, 6.4

@@ -17,20 +17,27 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
-from data.build import build_index
 from data.city import CityConfig, generate
-from data.dataset import NuScenesDataset
-from data.metrics import MetricsError, evaluate_submission, open_tables, split_tokens, summary, write_devkit_files
-from data.submission import SampleDetections, build_submission, write_submission
-from models.detector import build_detector
+from data.preparing.build import build_index
+from data.reading.dataset import NuScenesDataset
+from data.scoring.metrics import (
+    MetricsError,
+    evaluate_submission,
+    open_tables,
+    split_tokens,
+    summary,
+    write_devkit_files,
+)
+from data.scoring.submission import SampleDetections, build_submission, write_submission
+from models.detectors.build import build_detector
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.report.results import METRICS
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import evaluate
-from stages.inputs import plain_dataset
-from stages.weights import load_detector, save_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import camera_config, lidar_config
 
 ROOT = Path(__file__).resolve().parents[2]

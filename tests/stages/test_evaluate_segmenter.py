@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment import ImageConfig
-from data.classes import CLASSES
-from data.coco import CocoInstances
-from data.instances import ImageInstances
-from models.segmenter import Found
+from data.reading.augment import ImageConfig
+from data.reading.classes import CLASSES
+from data.reading.coco import CocoInstances
+from data.reading.instances import ImageInstances
+from models.detectors.segmenter import Found
 from pipeline.stage import StageError
 from stages import evaluate_segmenter
 from stages.evaluate_segmenter import flat_metrics, spread
-from stages.instances import InstanceFinder
+from stages.inputs.segmenters import InstanceFinder
 from tests.stages.segmenters import SIZE, context_of, parse, root_with_segmenter
 
 KEEP = {"images", "parameters", "bbox", "mask", "classes", "kind", "key"}

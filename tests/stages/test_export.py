@@ -15,15 +15,17 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.build import build_index
-from models.detector import Detections, Detector, build_detector
+from data.preparing.build import build_index
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.ports import Detections
 from pipeline.params import load_params, merge, read_yaml
 from pipeline.stage import StageError
 from stages import export
 from stages.cost import parameters_of
 from stages.export import Student, inputs_of
 from stages.export_check import EAGER, TOLERANCE, box_difference, compare, decoded
-from stages.weights import WEIGHTS, checksum_of, load_detector, save_detector
+from stages.inputs.weights import WEIGHTS, checksum_of, load_detector, save_detector
 from tests.models.factory import (
     COMPENSATION,
     RADAR_MAP,

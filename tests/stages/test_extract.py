@@ -23,23 +23,24 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from data.augment import bev_matrix
+from base.environment import die_with_parent
+from base.stopping import Preempted
+from data.reading.augment import bev_matrix
 from data.store import Store
-from data.teacher import TaughtDataset, collate_taught
 from distill import Recipe, TermConfig
-from models.detector import Prediction, build_detector
-from models.warp import warp_bev
-from pipeline.environment import die_with_parent
+from models.detectors.build import build_detector
+from models.layers.warp import warp_bev
+from models.ports import Prediction
 from pipeline.graph import StageSpec
 from pipeline.params import Params, StoreParams, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
-from pipeline.trainer import Preempted
 from stages import extract
-from stages.frozen import FrozenTeacher, evenly, grown
-from stages.identity import CODE, store_identity
-from stages.sources import OnlineTeacher, Sources
-from stages.weights import load_detector, save_detector
+from stages.inputs.weights import load_detector, save_detector
+from stages.teaching.frozen import FrozenTeacher, evenly, grown
+from stages.teaching.identity import CODE, store_identity
+from stages.teaching.sources import OnlineTeacher, Sources
+from stages.teaching.taught import TaughtDataset, collate_taught
 from tests.models.factory import GRID, camera_config, lidar_config
 from tests.stages.untrained import TEACHER, make_root
 from tests.test_stage_dependencies import closure
@@ -298,7 +299,7 @@ def test_identity_names_what_differs_and_covers_all_code_that_bytes_depend_on(ro
     online = {"bev_lift": PLAIN["bev_lift"], "boxes": {"serve": "online"}}
     assert of(online, stores={"lidar": {"score_threshold": 0.2}}) == of(online)  # no boxes are stored
 
-    harmless = {"data/hashing.py", "stages/card.py", "stages/identity.py"}
+    harmless = {"data/hashing.py", "stages/card.py", "stages/teaching/identity.py"}
     rooms = ("data/", "models/", "stages/")
     needed = {name for name in closure("extract") if name.startswith(rooms)} - harmless
     globbed = ("models/", "data/store/")
@@ -485,7 +486,7 @@ def test_dvc_restores_what_it_has_and_only_a_damaged_shard_is_computed_again(com
     assert "writes 1 of 4 shards" in output
     assert re.search(r"shard-00001\.bin.* is damaged: tap \w+ of sample \w+ changed: writing", output)
 
-    loop = commands.root / "pipeline/trainer.py"  # a dependency of the stage, and not of the bytes
+    loop = commands.root / "training/trainer.py"  # a dependency of the stage, and not of the bytes
     loop.write_text(loop.read_text() + "\n")
     assert "writes 0 of 4 shards" in commands.repro()
     assert commands.store == store

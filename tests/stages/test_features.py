@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from data.batch import collate
-from data.build import build_index
-from data.index import Index
-from models.detector import build_detector
+from data.preparing.build import build_index
+from data.reading.batch import collate
+from data.reading.index import Index
+from models.detectors.build import build_detector
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import evaluate, features
 from stages.features import correlation, fusion_teacher
-from stages.inputs import plain_dataset
-from stages.weights import load_detector, save_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from data.build import build_index
-from data.index import Index
-from data.metrics import evaluate_submission, open_tables, summary
-from data.pictures import Boxes, draw_columns, load_view, save_film
-from data.submission import SampleDetections, build_submission, write_submission
+from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
+from data.preparing.build import build_index
+from data.reading.index import Index
+from data.scoring.metrics import evaluate_submission, open_tables, summary
+from data.scoring.submission import SampleDetections, build_submission, write_submission
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.report.film import read_film

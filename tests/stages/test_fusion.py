@@ -18,20 +18,22 @@ from torch.utils.data import DataLoader
 
 from distill import Outcome, TermConfig
 from distill.features import MapTerm
-from models.detector import Batch, Detector, Prediction, build_detector
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
+from models.ports import Batch, Prediction
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
-from pipeline.seeding import MODEL, seed_everything
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import distill, extract, fusion
 from stages.distill import Distillation, start_as_set
 from stages.fusion import start_from_parts
-from stages.inputs import plain_dataset
-from stages.weights import load_detector, save_detector
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
 from tests.stages.tasks import task_of
 from tests.stages.untrained import TEACHER, make_root
+from training.seeding import MODEL, seed_everything
 
 PARAMS = read_yaml(Path(__file__).resolve().parents[2] / "params.yaml")
 SAMPLES = 4

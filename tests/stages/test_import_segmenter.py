@@ -17,12 +17,12 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from torch import nn
 
-from models.segmenter import build_segmenter
-from pipeline.errors import PipelineError
+from base.errors import PipelineError
+from models.detectors.segmenter import build_segmenter
 from pipeline.params import Params, merge
 from stages.import_segmenter import run
-from stages.instances import InstanceFinder
-from stages.weights import CONFIG, WEIGHTS
+from stages.inputs.segmenters import InstanceFinder
+from stages.inputs.weights import CONFIG, WEIGHTS
 from tests.models.test_segmenter import small_model
 from tests.stages.segmenters import values
 

@@ -9,11 +9,11 @@ import pytest
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.detector import build_detector
+from models.detectors.build import build_detector
 from pipeline.params import load_params
 from pipeline.stage import StageError
-from stages.inputs import training_dataset
-from stages.instances import make_segmenter, segmenter_config
+from stages.inputs.datasets import training_dataset
+from stages.inputs.segmenters import make_segmenter, segmenter_config
 
 PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
 

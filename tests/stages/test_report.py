@@ -17,9 +17,9 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from data.build import build_index
-from data.classes import CLASSES
-from data.index import Index
+from data.preparing.build import build_index
+from data.reading.classes import CLASSES
+from data.reading.index import Index
 from pipeline.graph import Node
 from pipeline.params import Params, merge, read_yaml
 from pipeline.report.build import Report, build

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from data.classes import CLASSES
-from data.coco import CocoInstances
-from models.segmenter import build_segmenter
+from data.reading.classes import CLASSES
+from data.reading.coco import CocoInstances
+from models.detectors.segmenter import build_segmenter
 from pipeline.stage import StageError
 from stages import segmenter
-from stages.instances import InstanceFinder, detection_names, make_segmenter, segmenter_config
-from stages.weights import CONFIG, WEIGHTS, checksum_of, load_detector, save_detector, start_from
+from stages.inputs.segmenters import InstanceFinder, detection_names, make_segmenter, segmenter_config
+from stages.inputs.weights import CONFIG, WEIGHTS, checksum_of, load_detector, save_detector, start_from
 from tests.stages.segmenters import SIZE, context_of, parse
 from tests.stages.untrained import make_root
 

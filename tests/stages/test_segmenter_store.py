@@ -12,22 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
-from data.classes import CLASSES
-from data.index import CAMERAS
-from data.instances import ImageInstances, in_image, unpack
+from data.reading.classes import CLASSES
+from data.reading.index import CAMERAS
+from data.reading.instances import ImageInstances, in_image, unpack
 from data.store import Store
-from data.teacher import TaughtDataset, collate_taught
 from pipeline.params import Params
 from pipeline.stage import StageError
 from stages import extract
 from stages.cache import look, ls, plan, verify
 from stages.distill import open_store
-from stages.frozen import FrozenSegmenter, freeze
-from stages.identity import store_identity
-from stages.inputs import camera_dataset, plain_dataset
-from stages.instances import InstanceFinder
-from stages.sources import Sources
-from stages.weights import load_detector
+from stages.inputs.datasets import camera_dataset, plain_dataset
+from stages.inputs.segmenters import InstanceFinder
+from stages.inputs.weights import load_detector
+from stages.teaching.frozen import FrozenSegmenter, freeze
+from stages.teaching.identity import store_identity
+from stages.teaching.sources import Sources
+from stages.teaching.taught import TaughtDataset, collate_taught
 from tests.stages.segmenters import SIZE, context_of, extracted, parse, publish_untrained, root_with_segmenter, values
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_the_identity_is_of_what_the_instances_depend_on(root: Path) -> None:
         assert of(**harmless) == first
     (root / "outputs/teachers/instance/config.json").write_text("{}")
     assert of()["weights"] != first["weights"]
-    path = root / "data/instances.py"
+    path = root / "data/reading/instances.py"
     path.write_text(path.read_text() + "\n")
     assert of()["code"] != first["code"]
 

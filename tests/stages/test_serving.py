@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.augment import bev_matrix
+from data.reading.augment import bev_matrix
 from data.store import Calibration, Encoding, TapSpec
-from models.detector import Detections
-from models.grid import Grid
-from models.targets import TargetEncoder
-from models.warp import warp_bev
-from stages.serving import box_rows, serve_head, serve_maps
+from models.head.targets import TargetEncoder
+from models.layers.grid import Grid
+from models.layers.warp import warp_bev
+from models.ports import Detections
+from stages.teaching.serving import box_rows, serve_head, serve_maps
 
 CHANNELS, SIZE, EXTENT, HALO = 6, 24, 12.0, 4.0
 INNER = EXTENT - HALO

@@ -19,21 +19,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, collate
-from data.build import build_index
+from base.environment import ROOMS
+from data.preparing.build import build_index
+from data.reading.batch import Batch, collate
 from data.store import Store
 from distill import TermConfig
-from models.detector import Detector, build_detector
-from pipeline.environment import ROOMS
+from models.detectors.build import build_detector
+from models.detectors.detector import Detector
 from pipeline.graph import StageSpec
 from pipeline.params import Params, merge, read_yaml
 from pipeline.stage import StageContext, StageError, Stop
 from pipeline.tracking import NullTracker
 from stages import distill, evaluate, export, extract, fusion, teacher
-from stages.frozen import grown
 from stages.fusion import start_from_parts
-from stages.inputs import plain_dataset
-from stages.weights import WEIGHTS, checksum_of, load_detector, save_detector, start_from, start_in_part
+from stages.inputs.datasets import plain_dataset
+from stages.inputs.weights import WEIGHTS, checksum_of, load_detector, save_detector, start_from, start_in_part
+from stages.teaching.frozen import grown
 from tests.models.factory import GRID, VOXELS, camera_config, fusion_config, voxel_config
 from tests.stages.tasks import task_of
 

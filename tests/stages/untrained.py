@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from data.build import build_index
+from base.environment import ROOMS
 from data.city import CityConfig, generate
-from models.detector import build_detector
-from pipeline.environment import ROOMS
-from stages.weights import save_detector
+from data.preparing.build import build_index
+from models.detectors.build import build_detector
+from stages.inputs.weights import save_detector
 from tests.models.factory import lidar_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What every room may import, and what changes no result. No torch."""

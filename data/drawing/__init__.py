@@ -1,0 +1,1 @@
+"""Pictures of keyframes and of what was found in them."""

@@ -1,0 +1,1 @@
+"""A dataroot's tables to the index."""

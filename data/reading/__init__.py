@@ -1,0 +1,1 @@
+"""Sensor files to batches of tensors."""

@@ -1,0 +1,227 @@
+"""Index and sensor files -> samples. A sample depends on the seed and its key (epoch, position, index) only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.reading.augment import BevConfig, ImageConfig, draw_bev_matrix, draw_image_matrices
+from data.reading.batch import Sample
+from data.reading.boxes import boxes_in_range, transform_boxes
+from data.reading.geometry import Float64, inverse
+from data.reading.index import CAMERAS, Index, Record
+from data.reading.sensors import depth_map, load_image, load_points, load_radar
+
+MODALITIES: Final = frozenset({"images", "points", "radar", "boxes", "depth"})
+
+# What a sampler yields. Epoch and position (in the order of the epoch, over all ranks) fix the random draws, the index
+# fixes the keyframe.
+SampleKey = tuple[int, int, int]
+
+
+class GridConfig(BaseModel):
+    """The BEV grid: |x|, |y| < range, square cells, z between two heights; metres, LiDAR frame."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    range: float = Field(gt=0.0)
+    cell: float = Field(gt=0.0)
+    z: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> GridConfig:
+        cells = 2 * self.range / self.cell
+        if abs(cells - round(cells)) > 1e-6:
+            raise ValueError(f"grid.cell {self.cell} must divide twice the range {self.range} into whole cells")
+        if not self.z[0] < self.z[1]:
+            raise ValueError(f"grid.z {self.z} must ascend")
+        return self
+
+
+class InputConfig(BaseModel):
+    """What one sample holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    frames: int = Field(1, ge=1, le=2)  # 2 adds the previous keyframe
+    sweeps: int = Field(1, ge=1)  # LiDAR sweeps, the keyframe's included
+    radar: bool = False
+    image: ImageConfig
+    bev: BevConfig
+    depth_stride: int = Field(16, ge=1)  # pixels per cell of the depth supervision
+
+    @model_validator(mode="after")
+    def _check(self) -> InputConfig:
+        if any(length % self.depth_stride for length in self.image.size):
+            raise ValueError(f"image.size {self.image.size} must be multiples of depth_stride {self.depth_stride}")
+        return self
+
+
+class NuScenesDataset(Dataset[Sample]):
+    """The keyframes of one split.
+
+    In training every sample is augmented and holds all modalities, of its boxes those that a LiDAR or RADAR point
+    has seen. Otherwise nothing is random and it holds what a camera student may see: images, and RADAR where
+    `config.radar`. Boxes and points outside the grid are dropped in both.
+    """
+
+    def __init__(
+        self,
+        index: Index | Path | str,
+        dataroot: Path | str,
+        split: str,
+        config: InputConfig,
+        grid: GridConfig,
+        *,
+        train: bool,
+        seed: int = 0,
+        modalities: Collection[str] | None = None,
+    ) -> None:
+        """Open a split.
+
+        Args:
+            index: an index or the path of one.
+            dataroot: folder that the files of the index are relative to.
+            split: the devkit's name of a split of the index.
+            config: what a sample holds.
+            grid: bounds of boxes and points.
+            train: whether to augment, and load everything by default.
+            seed: of the augmentation.
+            modalities: what to load instead of the default; a subset of MODALITIES.
+        """
+        default = MODALITIES if train else frozenset({"images", "radar"})
+        self.modalities = frozenset(default if modalities is None else modalities)
+        if self.modalities - MODALITIES:
+            raise ValueError(f"modalities {sorted(self.modalities - MODALITIES)}: allowed are {sorted(MODALITIES)}.")
+        self.index = index if isinstance(index, Index) else Index.open(index)
+        self.dataroot, self.split, self.config, self.grid = Path(dataroot), split, config, grid
+        self.train, self.seed = train, seed
+        self.rows = self.index.rows(split)
+        cv2.setNumThreads(0)  # the loader's workers are the parallelism
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Sample tokens by index."""
+        return self.index.tokens(self.split)
+
+    def classes(self) -> list[set[int]]:
+        """Labels of each sample's boxes that a LiDAR or RADAR point has seen, by index."""
+        annotations = (self.index.annotations(int(row)) for row in self.rows)
+        return [set(found.labels[found.valid].tolist()) for found in annotations]
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        """The sample of a key; a plain index means epoch 0 and the position of that index.
+
+        Raises:
+            BlobError: a file is missing or broken; names file and token.
+        """
+        epoch, position, index = (0, key, key) if isinstance(key, int) else key
+        rng = np.random.default_rng((self.seed, epoch, position)) if self.train else None
+        record = self.index.sample(int(self.rows[index]))
+        bev_aug = draw_bev_matrix(self.config.bev, rng)
+        image_aug = draw_image_matrices(record.cameras.sizes, self.config.image, rng)
+        frames = self._frames(record)
+        lidar_SE3_cam = np.stack([self._lidar_SE3_cam(record, frame) for frame in frames])
+        points, depth = self._lidar(record, image_aug, lidar_SE3_cam[0], bev_aug)
+        boxes, labels = self._boxes(record, bev_aug)
+        return Sample(
+            token=record.token,
+            images=self._images(frames, image_aug),
+            intrinsics=_tensor(np.stack([frame.cameras.intrinsics for frame in frames])),
+            image_aug=_tensor(np.stack([image_aug] * len(frames))),
+            lidar_SE3_cam=_tensor(lidar_SE3_cam),
+            bev_aug=_tensor(bev_aug),
+            has_previous=record.previous >= 0,
+            points=points,
+            radar=self._radar(record, bev_aug),
+            boxes=boxes,
+            labels=labels,
+            depth=depth,
+        )
+
+    def _frames(self, record: Record) -> list[Record]:
+        """The keyframe and, if asked for, the previous one, which the first of a scene repeats."""
+        if self.config.frames == 1:
+            return [record]
+        return [record, self.index.sample(record.previous) if record.previous >= 0 else record]
+
+    @staticmethod
+    def _lidar_SE3_cam(record: Record, frame: Record) -> Float64:
+        """[6, 4, 4]: the cameras of a frame in the LiDAR frame of the keyframe."""
+        return inverse(record.global_SE3_lidar) @ frame.cameras.global_SE3_camera
+
+    def _images(self, frames: list[Record], image_aug: Float64) -> Tensor:
+        """[T, 6, 3, H, W] uint8, RGB."""
+        if "images" not in self.modalities:
+            return torch.empty((len(frames), len(CAMERAS), 3, 0, 0), dtype=torch.uint8)
+        size = self.config.image.size
+        images = np.empty((len(frames), len(CAMERAS), 3, *size), np.uint8)
+        for t, frame in enumerate(frames):
+            if t and frame is frames[0]:
+                images[t] = images[0]
+                continue
+            cameras = frame.cameras
+            for n, file in enumerate(cameras.files):
+                raw_size = (int(cameras.sizes[n, 0]), int(cameras.sizes[n, 1]))
+                bgr = load_image(self.dataroot / file, frame.token, raw_size, image_aug[n], size)
+                images[t, n] = bgr[..., ::-1].transpose(2, 0, 1)
+        return torch.from_numpy(images)
+
+    def _lidar(
+        self, record: Record, image_aug: Float64, lidar_SE3_cam: Float64, bev_aug: Float64
+    ) -> tuple[Tensor, Tensor]:
+        """Points [P, 5] in the augmented frame and the depth map of the keyframe's sweep."""
+        points, depth = np.empty((0, 5), np.float32), np.empty((len(CAMERAS), 0, 0), np.float32)
+        if not self.modalities & {"points", "depth"}:
+            return torch.from_numpy(points), torch.from_numpy(depth)
+        count = self.config.sweeps if "points" in self.modalities else 1
+        loaded = load_points(self.dataroot, record.token, record.lidar, count, record.global_SE3_lidar)
+        if "depth" in self.modalities:
+            depth = depth_map(
+                loaded[loaded[:, 4] == 0.0],
+                inverse(lidar_SE3_cam),
+                image_aug @ record.cameras.intrinsics,
+                self.config.image.size,
+                self.config.depth_stride,
+            )
+        if "points" in self.modalities:
+            loaded[:, :3] = loaded[:, :3] @ bev_aug[:3, :3].T.astype(np.float32)
+            points = loaded[self._in_grid(loaded)]
+        return torch.from_numpy(points), torch.from_numpy(depth)
+
+    def _radar(self, record: Record, bev_aug: Float64) -> Tensor:
+        """[R, 7] in the augmented frame."""
+        if not self.config.radar or "radar" not in self.modalities:
+            return torch.empty((0, 7))
+        radar = load_radar(self.dataroot, record.token, record.radars, record.timestamp, record.global_SE3_lidar)
+        radar[:, :3] = radar[:, :3] @ bev_aug[:3, :3].T.astype(np.float32)
+        radar[:, 4:6] = radar[:, 4:6] @ bev_aug[:2, :2].T.astype(np.float32)
+        return torch.from_numpy(radar[self._in_grid(radar)])
+
+    def _boxes(self, record: Record, bev_aug: Float64) -> tuple[Tensor, Tensor]:
+        """Boxes [M, 9] in the augmented frame and labels [M] of what a point has seen inside the grid."""
+        if "boxes" not in self.modalities:
+            return torch.empty((0, 9)), torch.empty(0, dtype=torch.int64)
+        valid = record.annotations.valid
+        boxes = transform_boxes(torch.from_numpy(record.annotations.boxes[valid]), torch.from_numpy(bev_aug)).float()
+        inside = boxes_in_range(boxes, self.grid.range)
+        return boxes[inside], torch.from_numpy(record.annotations.labels[valid])[inside]
+
+    def _in_grid(self, points: NDArray[np.float32]) -> NDArray[np.bool_]:
+        low, high = self.grid.z
+        inside = (np.abs(points[:, :2]) < self.grid.range).all(axis=1)
+        return inside & (points[:, 2] > low) & (points[:, 2] < high)
+
+
+def _tensor(array: Float64) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))

@@ -1,0 +1,1 @@
+"""Official metrics, and what is counted beside them."""

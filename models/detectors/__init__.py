@@ -1,0 +1,1 @@
+"""Detectors of 3D boxes, and segmenters of images."""

@@ -1,0 +1,34 @@
+"""Detectors by the names that configs give them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import models.detectors.bevformer
+import models.detectors.camera
+import models.detectors.fusion
+import models.detectors.lidar
+import models.detectors.radar
+import models.detectors.simulated  # noqa: F401 (registers the detectors)
+from models.detectors.detector import Detector
+from models.layers.memory_layout import read_any_layout
+from models.layers.registry import MODELS
+
+
+def build_detector(config: Mapping[str, Any]) -> Detector:
+    """Build a detector from a config dict through the registry, with its weights initialised.
+
+    Raises:
+        ValueError: if ``type`` is missing or not a detector of this project.
+    """
+    name = config.get("type")
+    kind = MODELS.get(name) if isinstance(name, str) else None
+    if kind is None or not issubclass(kind, Detector):
+        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
+                         "BEVFormer, BEVFusion or SimulatedFusion")
+    detector = MODELS.build(copy.deepcopy(dict(config)))
+    detector.init_weights()
+    read_any_layout(detector)
+    return detector

@@ -1,0 +1,1 @@
+"""The head: its weights, its targets, its maps."""

@@ -1,0 +1,1 @@
+"""What several stages read: datasets, published weights, segmenters."""

@@ -1,0 +1,1 @@
+"""The training loop, on which teachers and students are trained."""
