@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import models.layers.backbones  # noqa: F401 (registers them)
 from models.layers.registry import MODELS
 
-SMALL = {"depth": 18, "base_channels": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 0, "norm_eval": False}
+SMALL = {"depth": 18, "base_channels": 8, "out_indices": (0, 1, 2, 3), "frozen_stages": 0, "norm_eval": False}
 
 
 def build(kind: str, **config: Any) -> nn.Module:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from models.detectors.build import build_detector
 from models.layers.memory_layout import read_any_layout
+from tests.conftest import ROOT
 from tests.models.factory import head_config, lidar_config, random_batch, trained
 
 CHANNELS = 8
@@ -48,6 +52,44 @@ def test_a_channels_last_map_is_read_as_what_it_is(
     assert model.state_dict().keys() == names
     copied = copy.deepcopy(model).get_submodule("deep.0.0")
     torch.testing.assert_close(copied(maps().contiguous(memory_format=torch.channels_last), *others), expected)
+
+
+STRIDED = """
+import torch
+from torch import nn
+from models.layers.memory_layout import read_any_layout
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2, bias=False))
+read_any_layout(model)
+for _ in range(20):
+    maps = torch.randn(6, 4, 16, 24).contiguous(memory_format=torch.channels_last).requires_grad_()
+    model(maps).square().mean().backward()
+    model.zero_grad()
+    # Allocations that trip over what was written behind a buffer.
+    others = [torch.randn(size) for size in range(1, 3000, 50)]
+"""
+
+
+def test_a_strided_pointwise_convolution_keeps_to_its_memory() -> None:
+    """On any CPU, as oneDNN does without what a CPU has beyond AVX2."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", STRIDED], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("size", [(16, 24), (15, 9)])
+def test_a_strided_pointwise_convolution_is_what_it_was(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 1, stride=2).double()
+    maps = torch.randn(2, 4, *size, dtype=torch.double, requires_grad=True)
+    expected = layer(maps)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), maps)
+    model = nn.Sequential(layer)
+    read_any_layout(model)
+    torch.testing.assert_close(model(maps), expected)
+    torch.testing.assert_close(torch.autograd.grad(model(maps).square().sum(), maps)[0], gradient)
 
 
 def deformable_head() -> dict[str, Any]:

@@ -63,7 +63,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("config", RESNETS)
 def test_resnet_is_mmdets(config: dict[str, Any]) -> None:
-    assert_same("ResNet", "mmdet.ResNet", {"base_channels": 4, **config}, torch.randn(2, 3, 64, 64))
+    assert_same("ResNet", "mmdet.ResNet", {"base_channels": 8, **config}, torch.randn(2, 3, 64, 64))
 
 
 def test_second_is_mmdet3ds() -> None:
@@ -93,6 +93,6 @@ def test_another_normalisation_is_refused() -> None:
 
 def test_a_published_config_may_name_mmdets_resnet() -> None:
     """So did those of weights from before this project had its own."""
-    published = OURS.build({"type": "mmdet.ResNet", "depth": 18, "base_channels": 4})
-    ours = OURS.build({"type": "ResNet", "depth": 18, "base_channels": 4})
+    published = OURS.build({"type": "mmdet.ResNet", "depth": 18, "base_channels": 8})
+    ours = OURS.build({"type": "ResNet", "depth": 18, "base_channels": 8})
     ours.load_state_dict(published.state_dict())
