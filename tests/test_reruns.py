@@ -1,0 +1,116 @@
+"""docs/reruns.md says truly what an edit makes run again.
+
+Nothing is computed: DVC runs a stage again when the hash of a dependency has changed, so what an edit reaches follows
+from dvc.yaml alone.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from base.environment import ROOMS
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES: dict[str, dict[str, list[str]]] = {
+    name: entry.get("do", entry) for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
+}
+GROUPS = {
+    "every teacher": {"teacher", "fusion", "large", "segmenter"},
+    "every evaluation": {"evaluate", "evaluate_teacher", "evaluate_fusion", "evaluate_large", "evaluate_segmenter"},
+    "nothing": set[str](),
+}
+
+
+def outs(stage: str) -> list[str]:
+    """Paths of a stage's outs, with `*` in place of what differs between its keys."""
+    entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+    return [pattern(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
+
+
+def pattern(path: str) -> str:
+    """A path with `*` in place of what DVC fills in."""
+    # A dataroot may be anywhere; as far as stages are concerned it is what `generate` makes.
+    path = re.sub(r"^\$\{data\.(dataroot|instances)[^}]*\}.*", "outputs/*", path)
+    return re.sub(r"\$\{[^}]*\}", "*", path)
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two paths may be the same, or one a folder that holds the other."""
+    pairs = zip(one.split("/"), other.split("/"), strict=False)
+    return all("*" in (a, b) or a == b for a, b in pairs)
+
+
+def reads(stage: str, other: str) -> bool:
+    """Whether a stage reads what another one makes. The city is `outputs/*`, which is no folder of the others."""
+    deps = [pattern(dep) for dep in STAGES[stage]["deps"]]
+    if other == "generate":
+        return "outputs/*" in deps
+    return any(overlap(dep, out) for dep in deps if dep != "outputs/*" for out in outs(other))
+
+
+def runs(file: str) -> set[str]:
+    """The stages that run again after an edit of a file."""
+    return {name for name, stage in STAGES.items() if any(f"{file}/".startswith(f"{dep}/") for dep in stage["deps"])}
+
+
+def follow(stages: set[str]) -> set[str]:
+    """The stages behind them: they run again if what those made has changed."""
+    found: set[str] = set()
+    frontier = set(stages)
+    while frontier:
+        frontier = {stage for stage in STAGES if any(reads(stage, other) for other in frontier)} - found
+        found |= frontier
+    return found - stages
+
+
+@cache
+def table() -> dict[str, tuple[set[str], set[str]]]:
+    """Path of docs/reruns.md -> the stages of its two columns."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for line in (ROOT / "docs/reruns.md").read_text().splitlines():
+        if line.startswith("| `"):
+            paths, first, then = (cell.strip() for cell in line.strip("|").split("|"))
+            for path in paths.split(", "):
+                found[path.strip("`")] = (names(first), names(then))
+    return found
+
+
+def names(cell: str) -> set[str]:
+    """The stages of a cell: names, and groups of them."""
+    entries = [entry.strip().strip("`") for entry in cell.split(",")]
+    return set[str]().union(*(GROUPS.get(entry, {entry}) for entry in entries))
+
+
+def row_of(file: str) -> str | None:
+    """The most exact row for a file."""
+    return max((path for path in table() if f"{file}/".startswith(f"{path}/")), key=len, default=None)
+
+
+FILES = [file for file in subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *ROOMS], cwd=ROOT,
+                                         capture_output=True, text=True, check=True).stdout.splitlines()
+         if file.endswith((".py", ".html"))]
+
+
+def test_every_row_is_of_a_file() -> None:
+    assert set(table()) == {row_of(file) for file in FILES}
+
+
+def test_every_edit_makes_run_again_what_the_table_says() -> None:
+    said, found = {}, {}
+    for file in FILES:
+        said[file] = table()[str(row_of(file))]
+        found[file] = (runs(file), follow(runs(file)))
+    assert found == said
+
+
+def test_a_loss_and_a_metric() -> None:
+    """No teacher, store or evaluation of a teacher runs again for a loss; nothing is trained again for a metric."""
+    assert runs("distill/relations.py") == {"distill"}
+    trained = {*GROUPS["every teacher"], "distill", "extract"}
+    for file in ("data/scoring/confusion.py", "data/drawing/pictures.py", "stages/evaluate.py", "stages/report.py"):
+        assert not (runs(file) | follow(runs(file))) & trained, file
