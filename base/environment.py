@@ -10,7 +10,8 @@ from pathlib import Path
 from base import redaction
 from base.errors import PipelineError
 
-ROOMS = ("base", "data", "distill", "models", "pipeline", "stages", "training")  # the packages of the project
+# The packages of the project.
+ROOMS = ("base", "config", "data", "distill", "models", "pipeline", "results", "stages", "training")
 
 # No telemetry, no update checks, no long wait for a server that is away, and no spinning.
 _QUIET = {

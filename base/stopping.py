@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): stopped by SIGTERM, what is in scratch resumes
+GRACE_SECONDS = 120.0  # from SIGTERM to the end of a stage that is saving
 
 
 class Preempted(SystemExit):

@@ -17,7 +17,7 @@ from dvc.utils.serialize import modify_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.graph import graph, resolve
+from config.graph import graph, resolve
 from pipeline.lockfile import HEAD, updated, written
 
 

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.charts import machine
+from config.params import Params
+from config.profiles import apply_profile
 from data.reading.batch import Batch, collate
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
@@ -39,8 +41,6 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.detectors.segmenter import build_segmenter
 from models.head.targets import CODE_SIZE
-from pipeline.params import Params
-from pipeline.profiles import apply_profile
 from stages.cost import MultiplyAdds, parameters_of
 from stages.synthetic import CAMERAS, random_samples
 from training.trainer import minimised, parameter_groups

@@ -25,8 +25,8 @@ import importlib
 from pathlib import Path
 import pipeline.cli
 import pipeline.stage
-from pipeline import graph
-from pipeline.params import load_params
+from config import graph
+from config.params import load_params
 load_params(Path("params.yaml"))
 graph.resolve({address!r})
 importlib.import_module("stages.{stage}")

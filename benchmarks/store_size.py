@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.charts import Bar, Panel, draw, machine
+from config.params import Params, StoreParams, load_params
 from data.reading.batch import collate
 from data.store import Calibration, Encoding
 from data.store.encoding import decode_map, encode_map
 from models.detectors.build import build_detector
-from pipeline.params import Params, StoreParams, load_params
 from stages.synthetic import random_samples
 from stages.teaching.frozen import KEEP, FrozenTeacher, View, evenly
 from training.seeding import MODEL, seed_everything

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from benchmarks.charts import Bar, Panel, draw, machine
+from config.params import Params, load_params
 from data.reading.batch import Sample, collate
 from data.reading.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
 from distill import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from pipeline.params import Params, load_params
 from stages.distill import Distillation, make_recipe
 from stages.synthetic import random_boxes, random_samples
 from stages.teaching.sources import OnlineTeacher, Sources

@@ -1,1 +1,1 @@
-"""What runs the stages: CLI, parameters, graph, flow, launchers, tracking, report."""
+"""On top: what runs the stages. CLI and commands, flow, launchers, worktrees."""

@@ -69,7 +69,7 @@ def stage(name: str, key: Annotated[str | None, typer.Option(help="Which of a gr
 @app.command()
 def profile(name: Annotated[str | None, typer.Argument(help="A file in profiles/, without .yaml.")] = None) -> None:
     """Lay a profile over params.yaml; without a name, list the profiles."""
-    from pipeline import profiles
+    from config import profiles
 
     root = prepare()
     if name is None:
@@ -85,7 +85,7 @@ def study(
     profile: Annotated[str | None, typer.Option(help="Instead of the one that the study names.")] = None,
 ) -> None:
     """Lay a study (docs/studies.md) over params.yaml; without a name, list the studies."""
-    from pipeline import studies
+    from config import studies
 
     root = prepare()
     if name is None:
@@ -132,7 +132,7 @@ def import_segmenter(
     """Take over an instance segmenter that was trained elsewhere; prints what params.yaml needs."""
     options = {"file": file.absolute(), "name": name, "config": config.absolute(), "trust_pickle": trust_pickle}
     root = prepare()
-    _leave(importlib.import_module("stages.import_segmenter").run(root, **options))
+    _leave(importlib.import_module("pipeline.commands.import_segmenter").run(root, **options))
 
 
 @app.command()
@@ -146,7 +146,7 @@ def export(
     options = {"key": key, "out": out.absolute() if out else None, "samples": samples}
     formats = ["onnx", "torch"] if form == "both" else [form]
     root = prepare()
-    _leave(importlib.import_module("stages.export").run(root, formats=formats, **options))
+    _leave(importlib.import_module("pipeline.commands.export").run(root, formats=formats, **options))
 
 
 @app.command()
@@ -192,7 +192,7 @@ def _answers(url: str) -> bool:
 @track.command("init")
 def track_init() -> None:
     """Make or migrate the tables of a database, sqlite or PostgreSQL (once; several processes may ask)."""
-    from pipeline.tracking import init_store
+    from results.tracking.runs import init_store
 
     prepare()
     if not (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("http"):
@@ -202,7 +202,7 @@ def track_init() -> None:
 @track.command("replay")
 def track_replay() -> None:
     """Send what could not be sent while the tracking server was away."""
-    from pipeline.tracking import JOURNALS, replay
+    from results.tracking.runs import JOURNALS, replay
 
     sent, waiting = replay(prepare() / JOURNALS)
     print(f"{sent} runs are on the server whole, {waiting} wait")
@@ -211,7 +211,7 @@ def track_replay() -> None:
 @track.command("study")
 def track_study() -> None:
     """Bring the runs of `study` in MLflow up to date with what is published (docs/tracking.md)."""
-    from pipeline.params import load_params
+    from config.params import load_params
 
     root = prepare()
     print(importlib.import_module("stages.report").track(root, load_params(root / "params.yaml")))
@@ -261,14 +261,14 @@ def cache_look(
 
 
 def _cache(command: str, **options: Any) -> NoReturn:
-    """Run a command of stages.cache, which is imported now: it brings torch."""
+    """Run a command of pipeline.commands.cache, which is imported now: it brings torch."""
     root = prepare()
-    _leave(importlib.import_module(f"stages.cache.{command}").run(root, **options))
+    _leave(importlib.import_module(f"pipeline.commands.cache.{command}").run(root, **options))
 
 
 def _mlflow(command: str, port: int) -> list[str]:
     """MLflow's server on the tracking database, which it gets by environment: a URI can hold a password."""
-    from pipeline.tracking import artifact_root
+    from results.tracking.runs import artifact_root
 
     store = os.environ["MLFLOW_TRACKING_URI"]
     if store.startswith("http"):

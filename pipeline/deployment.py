@@ -16,8 +16,9 @@ from prefect.states import State
 
 from base import redaction
 from base.environment import prepare
+from config import profiles, studies
 from pipeline import flow as flows
-from pipeline import profiles, slots, studies
+from pipeline import slots
 
 PROCESS_POOL = "gpu-pool"
 KUBERNETES_POOL = "k8s-pool"

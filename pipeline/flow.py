@@ -28,8 +28,9 @@ from base import redaction
 from base.environment import cores
 from base.errors import PipelineError
 from base.stopping import PREEMPTED
-from pipeline import graph, launchers, slots
-from pipeline.graph import Node
+from config import graph
+from config.graph import Node
+from pipeline import launchers, slots
 from pipeline.processes import Children, stop_groups
 
 NAME = "pipeline"  # of the flow, for Prefect
@@ -367,8 +368,8 @@ def _ends_with_exit() -> Iterator[None]:
 @contextmanager
 def _tracked(this: Run) -> Iterator[None]:
     """While inside, a run in MLflow is the parent of the stages' runs."""
-    from pipeline.params import read_yaml
-    from pipeline.tracking import BY_FLOW, LATER, PARENT, MlflowTracker, git_tags, run_link
+    from config.params import read_yaml
+    from results.tracking.runs import BY_FLOW, LATER, PARENT, MlflowTracker, git_tags, run_link
 
     params = this.root / "params.yaml"
     tags = {
@@ -432,7 +433,7 @@ def _summary(this: Run) -> str:
 def _link(root: Path, name: str, key: str | None) -> str | None:
     """Where a person finds the last run of a stage that did not finish."""
     from pipeline.stage import SCRATCH, log_file
-    from pipeline.tracking import JOURNALS, Journal, run_link
+    from results.tracking.runs import JOURNALS, Journal, run_link
 
     memories = sorted((root / SCRATCH / log_file(name, key).stem).glob("*/run.json"), key=lambda p: p.stat().st_mtime)
     if not memories:

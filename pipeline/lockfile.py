@@ -5,7 +5,7 @@ DVC reads the whole file with its comments and writes it again, in pure Python: 
 (benchmarks/dvc_lock.py). They say the same; DVC itself writes where the file looks unlike one of its own. This can go
 when DVC records a stage of such a study in less than a second (it does not in 3.67).
 
-Beside `pipeline.graph` the only module that knows DVC's insides.
+Beside `config.graph` the only module that knows DVC's insides.
 """
 
 from __future__ import annotations

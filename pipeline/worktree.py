@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import PipelineError
-from pipeline.params import Params, load_params, read_yaml
-from pipeline.profiles import GROUND, apply_profile, available, lay_over, profile_overlay
-from pipeline.studies import apply_study, read_study
+from config.params import Params, load_params, read_yaml
+from config.profiles import GROUND, apply_profile, available, lay_over, profile_overlay
+from config.studies import apply_study, read_study
 
 LAID = "params.yaml"  # profiles and studies write it
 MADE = ("dvc.lock", "reports/")  # runs write them; everything else that is not committed is work
@@ -158,7 +158,7 @@ def _share(path: Path, root: Path) -> None:
         if (root / name).exists() and not (path / name).exists():
             _link(path / name, root / name)
     if not (root / STORE).exists():  # two workspaces that make its tables at once break them
-        from pipeline.tracking import init_store
+        from results.tracking.runs import init_store
 
         init_store(f"sqlite:///{root / STORE}")
     _link(path / STORE, root / STORE)

@@ -1,1 +1,1 @@
-"""One module per DVC stage: reads parameters and inputs, calls data and models, publishes outs."""
+"""One module per DVC stage: reads parameters and inputs, calls the other rooms, publishes outs."""

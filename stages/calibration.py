@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from config.params import StoreParams
 from data.store import Calibration, TapSpec
-from pipeline.params import StoreParams
 from stages.teaching.frozen import KEEP, Frozen, Outputs
 from stages.teaching.identity import encoding
 

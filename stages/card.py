@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.params import Params
 from data.reading.augment import bev_matrix
 from data.reading.batch import Batch, collate
 from data.reading.boxes import transform_boxes
@@ -19,7 +20,6 @@ from data.reading.dataset import GridConfig
 from data.store import Store
 from models.head.head_maps import task_scores
 from models.head.targets import TargetEncoder
-from pipeline.params import Params
 from stages.calibration import rounded
 from stages.inputs.datasets import grown_grid, plain_dataset
 from stages.teaching.frozen import BATCH, Frozen, FrozenTeacher, View, evenly

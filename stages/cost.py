@@ -24,12 +24,12 @@ from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+from config.params import Params
 from data.reading.batch import Batch, collate
 from models.detectors.build import build_detector
 from models.detectors.camera import CameraDetector
 from models.detectors.detector import Detector
-from pipeline.params import Params
-from pipeline.stage import StageContext
+from stages.context import StageContext
 from stages.synthetic import random_samples
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from config.params import BevParams, ImportParams, StudentParams, split_key
 from data.reading.batch import collate
 from data.reading.blobs import BlobError
 from data.reading.dataset import NuScenesDataset
@@ -19,8 +20,7 @@ from distill import Recipe, TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.head.targets import TargetEncoder
-from pipeline.params import BevParams, ImportParams, StudentParams, split_key
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 from stages.inputs.datasets import plain_dataset, training_dataset
 from stages.inputs.weights import load_detector, save_detector, start_from, start_in_part
 from stages.teaching.frozen import evenly

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from base.environment import cores
 from base.progress import ProgressBar
+from config.params import split_key
 from data.drawing import pictures
 from data.reading.batch import collate
 from data.reading.blobs import BlobError
@@ -35,9 +36,8 @@ from data.scoring.metrics import (
 )
 from data.scoring.submission import SampleDetections, SubmissionError, build_submission, write_submission
 from models.detectors.detector import Detector
-from pipeline.params import split_key
-from pipeline.stage import StageContext, StageError
-from pipeline.tracking import scores
+from results.tracking.runs import scores
+from stages.context import StageContext, StageError
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from base.environment import cores
 from base.progress import ProgressBar
+from config.params import InstancesParams
 from data.drawing import pictures
 from data.reading.augment import ImageConfig
 from data.reading.blobs import BlobError
@@ -20,8 +21,7 @@ from data.reading.classes import CLASSES
 from data.reading.coco import CocoError, CocoInstances, ImageBatch, collate_images
 from data.reading.instances import ImageInstances, StoredInstances, in_image
 from data.scoring.coco_metrics import InstanceTruth, as_results
-from pipeline.params import InstancesParams
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 from stages.inputs.segmenters import InstanceFinder
 
 logger = logging.getLogger(__name__)

@@ -37,9 +37,9 @@ from data.store import (
     plan,
     read_calibration,
 )
-from pipeline.stage import StageContext, StageError
 from stages.calibration import calibrate, errors, tap_specs
 from stages.card import make_card, measure_gaps, metrics, table
+from stages.context import StageContext, StageError
 from stages.teaching.frozen import Outputs, evenly, freeze
 from stages.teaching.identity import store_identity
 

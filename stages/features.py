@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from config.params import Params, split_key
 from data.drawing import pictures
 from data.reading.batch import collate
 from data.reading.blobs import BlobError
 from data.reading.dataset import NuScenesDataset
 from models.detectors.detector import Detector
-from pipeline.params import Params, split_key
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector
 

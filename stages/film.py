@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base.progress import ProgressBar
+from config.params import Params
 from data.drawing import pictures
 from data.reading.blobs import BlobError
 from data.reading.boxes import lidar_boxes_from_global
 from data.reading.classes import CLASSES
 from data.reading.geometry import Float64
 from data.reading.index import Index
-from pipeline.params import Params
-from pipeline.report.results import Arm, Study
-from pipeline.report.scenes import extremes, fullest, scene_gains
-from pipeline.stage import StageContext, StageError
+from results.report.results import Arm, Study
+from results.report.scenes import extremes, fullest, scene_gains
+from stages.context import StageContext, StageError
 from stages.lineage import results, teachers_of
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from models.detectors.detector import Detector
-from pipeline.stage import StageContext
+from stages.context import StageContext
 from stages.inputs.weights import start_in_part
 from stages.teacher import train_teacher
 

@@ -7,7 +7,7 @@ import os
 
 from base.progress import ProgressBar
 from data.city import CityConfig, generate, plan_scenes
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 
 logger = logging.getLogger(__name__)
 

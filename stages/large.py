@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from models.detectors.detector import Detector
-from pipeline.stage import StageContext
+from stages.context import StageContext
 from stages.fusion import CAMERA_MODULES
 from stages.inputs.weights import start_in_part
 from stages.teacher import train_teacher

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.params import Params
-from pipeline.report.results import Study, load_study
+from config.params import Params
+from results.report.results import Study, load_study
 
 
 def starts(params: Params) -> set[str]:

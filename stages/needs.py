@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from config.params import Params
 from data.hashing import MissingFileError, hash_files
-from pipeline.params import Params
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 
 
 def run(context: StageContext) -> None:

@@ -7,7 +7,7 @@ import logging
 from data.preparing.build import Summary, build_index
 from data.preparing.tables import TableError
 from data.reading.blobs import BlobError
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 
 logger = logging.getLogger(__name__)
 

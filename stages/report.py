@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from config import graph
+from config.params import Params
 from data.reading.index import Index
-from pipeline import comparison, graph
-from pipeline.params import Params
-from pipeline.report.build import build
-from pipeline.report.efficiency import Pair
-from pipeline.stage import StageContext
+from results.report.build import build
+from results.report.efficiency import Pair
+from results.tracking import study_runs as comparison
+from stages.context import StageContext
 from stages.lineage import results, starts, teachers_of
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from config.params import SegmenterParams
 from data.reading.augment import ImageConfig
 from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoError, CocoInstances, collate_images
 from models.detectors.segmenter import Segmenter
-from pipeline.params import SegmenterParams
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
 from stages.inputs.weights import save_detector, start_from
 from stages.training import train_stage

@@ -7,9 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from config.params import Params
 from data.reading.batch import Sample
 from models.detectors.camera import CAMERAS
-from pipeline.params import Params
 
 RADARS: Final = 5
 RADAR_SWEEPS: Final = 6

@@ -11,7 +11,7 @@ from data.reading.batch import collate
 from data.reading.blobs import BlobError
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from pipeline.stage import StageContext, StageError
+from stages.context import StageContext, StageError
 from stages.inputs.datasets import training_dataset
 from stages.inputs.weights import save_detector
 from stages.training import train_stage

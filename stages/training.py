@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.stage import StageContext
+from stages.context import StageContext
 from training.config import TrainConfig
 from training.trainer import Task, train
 

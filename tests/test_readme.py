@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import graph, profiles, studies
-from pipeline.params import Params, merge
+from config import graph, profiles, studies
+from config.params import Params, merge
 from tests.readme import NOT_RUN, ROOT, TEXT, commands, runnable
 
 

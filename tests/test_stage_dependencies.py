@@ -1,8 +1,7 @@
 """dvc.yaml lists all the code that can change a stage's result.
 
 A module that is missing from a stage's `deps` would let an edit leave stale outs behind, so the list is compared with
-the imports: from stages/<name>.py through all rooms, but not through `base`, where nothing may change a result, and the
-parts of pipeline that only run stages.
+the imports: from stages/<name>.py through all rooms but those where nothing may change a result.
 """
 
 from __future__ import annotations
@@ -17,11 +16,8 @@ import yaml
 from base.environment import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
-# What only runs, watches or reports: an edit of it changes no result.
-CONTROL = {f"pipeline/{name}.py" for name in (
-    "__init__", "__main__", "cli", "comparison", "flow", "gpus", "graph", "launchers/__init__", "launchers/job",
-    "launchers/local", "launchers/ray", "launchers/slurm", "launchers/torchrun", "lockfile", "params", "processes",
-    "profiles", "sending", "stage", "tracking")}
+# What only runs, watches or records: an edit of it changes no result.
+CONTROL = ("base/", "config/", "pipeline/", "results/tracking/", "stages/context.py")
 SAME_CODE = {f"evaluate_{kind}": "evaluate" for kind in ("teacher", "fusion", "large")}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -62,7 +58,7 @@ def closure(stage: str) -> set[str]:
     while frontier:
         path = frontier.pop()
         name = str(path.relative_to(ROOT))
-        if name in seen or name in CONTROL or name.startswith("base/"):
+        if name in seen or name.startswith(CONTROL):
             continue
         seen.add(name)
         frontier += imports(path)

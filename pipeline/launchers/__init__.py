@@ -11,9 +11,9 @@ import importlib
 import os
 
 from base.errors import PipelineError
-from pipeline.launchers.job import GRACE_SECONDS, UNDER, Job
+from pipeline.launchers.job import UNDER, Job
 
-__all__ = ["FAR", "GRACE_SECONDS", "LAUNCHERS", "UNDER", "Job", "chosen", "run"]
+__all__ = ["FAR", "LAUNCHERS", "UNDER", "Job", "chosen", "run"]
 
 FAR = ("slurm", "ray")  # on other machines, whose GPUs are no matter of leases here, and whose queues take time
 LAUNCHERS = ("local", "torchrun", *FAR)

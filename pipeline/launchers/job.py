@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from base.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.graph import StageSpec
+    from config.graph import StageSpec
 
-GRACE_SECONDS = 120.0  # from SIGTERM to the end of a stage that is saving
 FAR_SECONDS = 45.0  # from SIGTERM here to the hard end of a far stage: before the flow kills who would do that
 UNDER = "PIPELINE_UNDER"  # environment: the launcher that started this process for another one, which has the last word
 RENDEZVOUS = "PIPELINE_RENDEZVOUS"  # environment: host:port of the first of several nodes

@@ -22,8 +22,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from base.errors import PipelineError
-from base.stopping import PREEMPTED
-from pipeline.launchers.job import FAR_SECONDS, GRACE_SECONDS, NODE_RANK, RENDEZVOUS, Job, Stopping
+from base.stopping import GRACE_SECONDS, PREEMPTED
+from pipeline.launchers.job import FAR_SECONDS, NODE_RANK, RENDEZVOUS, Job, Stopping
 
 logger = logging.getLogger(__name__)
 

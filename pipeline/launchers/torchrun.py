@@ -9,9 +9,9 @@ import sys
 
 from base.environment import die_with_parent
 from base.errors import PipelineError
-from base.stopping import PREEMPTED
+from base.stopping import GRACE_SECONDS, PREEMPTED
 from pipeline import gpus
-from pipeline.launchers.job import GRACE_SECONDS, NODE_RANK, RENDEZVOUS, UNDER, Job, Stopping
+from pipeline.launchers.job import NODE_RANK, RENDEZVOUS, UNDER, Job, Stopping
 
 logger = logging.getLogger(__name__)
 JOIN_SECONDS = 300  # for which the processes of one node wait for those of the others

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
+from config.params import BevParams, Params, merge
 from data.reading.augment import BevConfig, ImageConfig
 from data.reading.dataset import GridConfig, InputConfig, NuScenesDataset
 from data.reading.index import Index
 from models.detectors.camera import CameraDetector
 from models.detectors.detector import Detector
-from pipeline.params import BevParams, Params, merge
-from pipeline.stage import StageError
+from stages.context import StageError
 
 INDEX: Final = "outputs/index"
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.params import SegmenterParams
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Segmenter, build_segmenter
-from pipeline.params import SegmenterParams
-from pipeline.stage import StageError
+from stages.context import StageError
 from stages.inputs.weights import load_published
 
 KIND: Final = "Segmenter"  # `type` in config.json, where detectors have the name of their class

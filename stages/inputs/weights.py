@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.inherit import inherited
-from pipeline.stage import StageError
+from stages.context import StageError
 from training.loading import load_weights
 
 WEIGHTS: Final = "model.safetensors"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from base.environment import cores
+from config.params import Params, StoreParams
 from data.reading.batch import Batch, collate
 from data.reading.dataset import NuScenesDataset
 from data.reading.instances import StoredInstances, pack
@@ -21,8 +22,7 @@ from models.detectors.bevformer import BEVFormer
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.layers.pillars import PointwisePillarNet
-from pipeline.params import Params, StoreParams
-from pipeline.stage import StageError
+from stages.context import StageError
 from stages.inputs.datasets import camera_dataset, grown_grid, plain_dataset
 from stages.inputs.weights import CONFIG, load_detector, without_checkpoints
 from stages.teaching.serving import box_rows

@@ -8,9 +8,9 @@ from typing import Final
 
 import xxhash
 
+from config.params import EXACT_TAPS, Params, StoreParams, TapParams
 from data.hashing import MissingFileError, hash_files
 from data.store import Encoding, StoreError, StoreIdentity
-from pipeline.params import EXACT_TAPS, Params, StoreParams, TapParams
 from stages.inputs.datasets import INDEX
 
 # The code that the contents of a store depend on, beside models and data/store.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from config.params import EXACT_TAPS
 from data.reading.batch import collate
 from data.store import Store
 from models.detectors.detector import Detector
 from models.head.targets import TargetEncoder
-from pipeline.params import EXACT_TAPS
 from stages.teaching.frozen import BATCH
 from stages.teaching.serving import box_rows, serve_head, serve_maps
 

@@ -11,8 +11,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-from pipeline import graph
-from pipeline.graph import Node
+from config import graph
+from config.graph import Node
 from pipeline.stage import published_since, run_stage
 
 FORK = multiprocessing.get_context("fork")

@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 import torch
 
+from config.params import load_params
+from config.profiles import lay_over
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
-from pipeline.params import load_params
-from pipeline.profiles import lay_over
 from stages.inputs.datasets import INDEX
 from stages.inputs.weights import save_detector
 from tests.e2e.conftest import Project

@@ -19,6 +19,8 @@ from mmdet3d.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
+from config.params import Params, load_params
+from config.profiles import apply_profile, lay_over
 from data.preparing.build import build_index
 from data.reading.batch import Batch, collate
 from data.reading.boxes import box_corners, transform_boxes
@@ -29,8 +31,6 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.detectors.segmenter import build_segmenter
 from models.inherit import inherited
-from pipeline.params import Params, load_params
-from pipeline.profiles import apply_profile, lay_over
 from stages.distill import Distillation, make_recipe
 from stages.inputs.datasets import INDEX, training_dataset
 from stages.teacher import Supervised

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.params import load_params
+from config.params import load_params
 from tests.e2e.conftest import Project
 from tests.e2e.forks import run_all
 

@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from base.environment import die_with_parent
+from config.profiles import apply_profile
 from pipeline.processes import stop_groups
-from pipeline.profiles import apply_profile
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 
 

@@ -17,10 +17,13 @@ from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Run
 from PIL import Image
 
-from pipeline import comparison, graph, sending, tracking
-from pipeline.params import Params, merge, read_yaml
-from pipeline.report.results import load_study
-from pipeline.tracking import JOURNALS, MlflowTracker, replay
+from config import graph
+from config.params import Params, merge, read_yaml
+from results.report.results import load_study
+from results.tracking import runs as tracking
+from results.tracking import sending
+from results.tracking import study_runs as comparison
+from results.tracking.runs import JOURNALS, MlflowTracker, replay
 from tests.pipeline.project import ROOT, Project
 
 NDS = {"baseline-0": 0.30, "baseline-1": 0.34, "xod-0": 0.36, "xod-1": 0.35, "lidar": 0.6}

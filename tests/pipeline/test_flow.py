@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from pipeline.processes import Children
 from pipeline.slots import LIMIT
-from pipeline.tracking import MlflowTracker
+from results.tracking.runs import MlflowTracker
 from tests.pipeline.project import Project, free_port, wait_until
 
 # A diamond, and a chain beside it. Each stage notes when it began and ended.

@@ -9,7 +9,7 @@ import time
 import pytest
 from dvc.repo.index import Index
 
-from pipeline import graph
+from config import graph
 from tests.pipeline.project import ROOT, Project, wait_until
 
 CHAIN = """

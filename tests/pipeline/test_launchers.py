@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from base.errors import PipelineError
 from base.stopping import PREEMPTED
+from config.graph import StageSpec
 from pipeline import launchers
-from pipeline.graph import StageSpec
 from pipeline.launchers import Job, slurm, torchrun
 from pipeline.launchers.job import Stopping
 from tests.pipeline.project import Project, free_port

@@ -21,7 +21,7 @@ from base import redaction
 from base.errors import PipelineError
 from pipeline.launchers import Job, slurm
 from pipeline.processes import together
-from pipeline.tracking import artifact_root, run_link
+from results.tracking.runs import artifact_root, run_link
 from tests.pipeline.project import Project
 
 USER, PASSWORD = "alice-tracks", "hunter2/sec ret&öx"  # needs encoding in every format

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from base.stopping import PREEMPTED
+from config.params import load_params
 from pipeline import stage
-from pipeline.params import load_params
-from pipeline.stage import StageError, Stop, publish
+from stages.context import StageError, Stop, publish
 from tests.pipeline.project import Project, wait_until
 
 # Counts to 6 in a file in scratch, as a trainer would with a checkpoint; notes where it began, and its process.

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.tracking import JOURNALS, Journal, MlflowTracker, open_store, replay
+from results.tracking import runs as tracking
+from results.tracking.runs import JOURNALS, Journal, MlflowTracker, open_store, replay
 from tests.pipeline.project import ROOT, Project, wait_until
 from tests.pipeline.writing import write_at_once
 
@@ -135,7 +135,7 @@ def test_sending_again_changes_nothing(store: MlflowClient, tmp_path: Path, monk
 def test_a_resumed_stage_goes_on_with_its_run(store: MlflowClient, tmp_path: Path) -> None:
     """kill -9, then the steps behind the last checkpoint are done, and recorded, again."""
     script = (
-        "import sys, time; from pathlib import Path; from pipeline.tracking import MlflowTracker\n"
+        "import sys, time; from pathlib import Path; from results.tracking.runs import MlflowTracker\n"
         "tracker = MlflowTracker('killed', Path(sys.argv[1]), {})\n"
         "for step in range(10): tracker.log_metrics({'m': step}, step)\n"
         "print(tracker.id, flush=True); time.sleep(100)\n"
@@ -185,7 +185,7 @@ def test_a_flow_sends_for_its_stages(store: MlflowClient, tmp_path: Path) -> Non
     (tmp_path / JOURNALS / "19990101-damaged.jsonl").write_text("torn")
     flow = MlflowTracker("flow", tmp_path, {}, for_others=True)
     script = (
-        "import sys, time; from pathlib import Path; from pipeline.tracking import MlflowTracker\n"
+        "import sys, time; from pathlib import Path; from results.tracking.runs import MlflowTracker\n"
         f"tracker = MlflowTracker('stage', Path({str(tmp_path)!r}), {{}}, {flow.id!r})\n"
         "tracker.log_metrics({'m': 1.0}, 0); input(); tracker.log_metrics({'m': 2.0}, 1); input(); tracker.close()\n"
         "print([name for name in sys.modules if name == 'mlflow'])\n"

@@ -15,9 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from base.errors import PipelineError
-from pipeline.params import load_params
-from pipeline.tracking import MlflowTracker
+from config.params import load_params
 from pipeline.worktree import describe, make
+from results.tracking.runs import MlflowTracker
 from tests.pipeline.project import ROOT, Project
 
 # Like the stages of tests/pipeline/project.py; each notes outside of all workspaces that it ran, when and on which GPU.

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.tracking import JOURNALS, artifact_root, open_store, replay
+from results.tracking import runs as tracking
+from results.tracking.runs import JOURNALS, artifact_root, open_store, replay
 from tests.pipeline.project import free_port, wait_until
 from tests.pipeline.writing import write_at_once
 

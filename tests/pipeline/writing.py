@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import tracking
+from results.tracking import runs as tracking
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking", "pipeline.tracking"])
+CONTEXT.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking", "results.tracking.runs"])
 
 
 def write_at_once(root: Path, uri: str, names: Sequence[str], steps: int, params: int) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from data.store import Store
 from models.detectors.segmenter import build_segmenter
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.stage import StageContext, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import extract
+from stages.context import StageContext, Stop
 from stages.inputs.segmenters import segmenter_config
 from stages.inputs.weights import save_detector
 from tests.models.test_segmenter import small_model

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from distill import TermConfig
 from models.detectors.detector import Detector
-from pipeline.stage import StageContext
+from stages.context import StageContext
 from stages.distill import Distillation, make_recipe, open_sources, samples_of, tap_statistics, taught
 from training.seeding import RECIPE, seed_everything
 

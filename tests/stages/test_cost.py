@@ -12,13 +12,13 @@ import torch
 from mmcv.ops import DeformConv2dPack
 from torch import nn
 
+from config.graph import StageSpec
+from config.params import Params, read_yaml
 from data.reading.batch import collate
 from models.detectors.build import build_detector
-from pipeline.graph import StageSpec
-from pipeline.params import Params, read_yaml
-from pipeline.stage import StageContext, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import cost
+from stages.context import StageContext, Stop
 from stages.cost import (
     MultiplyAdds,
     Turns,

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from config.graph import StageSpec
+from config.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, merge, read_yaml
 from data.reading.index import Index
 from data.store import StaleStoreError, Store, StoreError
 from distill import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from pipeline.graph import StageSpec
-from pipeline.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, merge, read_yaml
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import distill, extract
+from stages.context import StageContext, StageError, Stop
 from stages.distill import (
     Distillation,
     make_recipe,

@@ -17,6 +17,8 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from data.city import CityConfig, generate
 from data.preparing.build import build_index
 from data.reading.dataset import NuScenesDataset
@@ -30,12 +32,10 @@ from data.scoring.metrics import (
 )
 from data.scoring.submission import SampleDetections, build_submission, write_submission
 from models.detectors.build import build_detector
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.report.results import METRICS
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.report.results import METRICS
+from results.tracking.runs import NullTracker
 from stages import evaluate
+from stages.context import StageContext, StageError, Stop
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import camera_config, lidar_config

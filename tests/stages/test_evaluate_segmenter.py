@@ -18,8 +18,8 @@ from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Found
-from pipeline.stage import StageError
 from stages import evaluate_segmenter
+from stages.context import StageError
 from stages.evaluate_segmenter import flat_metrics, spread
 from stages.inputs.segmenters import InstanceFinder
 from tests.stages.segmenters import SIZE, context_of, parse, root_with_segmenter

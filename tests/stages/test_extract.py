@@ -25,17 +25,17 @@ from ruamel.yaml import YAML
 
 from base.environment import die_with_parent
 from base.stopping import Preempted
+from config.graph import StageSpec
+from config.params import Params, StoreParams, merge, read_yaml
 from data.reading.augment import bev_matrix
 from data.store import Store
 from distill import Recipe, TermConfig
 from models.detectors.build import build_detector
 from models.layers.warp import warp_bev
 from models.ports import Prediction
-from pipeline.graph import StageSpec
-from pipeline.params import Params, StoreParams, merge, read_yaml
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import extract
+from stages.context import StageContext, StageError, Stop
 from stages.inputs.weights import load_detector, save_detector
 from stages.teaching.frozen import FrozenTeacher, evenly, grown
 from stages.teaching.identity import CODE, store_identity

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from data.preparing.build import build_index
 from data.reading.batch import collate
 from data.reading.index import Index
 from models.detectors.build import build_detector
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import evaluate, features
+from stages.context import StageContext, StageError, Stop
 from stages.features import correlation, fusion_teacher
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
 from data.preparing.build import build_index
 from data.reading.index import Index
 from data.scoring.metrics import evaluate_submission, open_tables, summary
 from data.scoring.submission import SampleDetections, build_submission, write_submission
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.report.film import read_film
-from pipeline.report.results import METRICS, ReportError
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.report.film import read_film
+from results.report.results import METRICS, ReportError
+from results.tracking.runs import NullTracker
 from stages import film
+from stages.context import StageContext, StageError, Stop
 from stages.lineage import results
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from distill import Outcome, TermConfig
 from distill.features import MapTerm
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.ports import Batch, Prediction
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
+from results.tracking.runs import NullTracker
 from stages import distill, extract, fusion
+from stages.context import StageContext, StageError, Stop
 from stages.distill import Distillation, start_as_set
 from stages.fusion import start_from_parts
 from stages.inputs.datasets import plain_dataset

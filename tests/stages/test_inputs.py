@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from config.params import load_params
 from models.detectors.build import build_detector
-from pipeline.params import load_params
-from pipeline.stage import StageError
+from stages.context import StageError
 from stages.inputs.datasets import training_dataset
 from stages.inputs.segmenters import make_segmenter, segmenter_config
 

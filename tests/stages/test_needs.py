@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from config.params import Params
 from data.hashing import MissingFileError
-from pipeline.params import Params
 from stages.needs import needs
 from tests.pipeline.project import params_text
 

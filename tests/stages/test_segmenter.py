@@ -13,8 +13,8 @@ import torch
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
 from models.detectors.segmenter import build_segmenter
-from pipeline.stage import StageError
 from stages import segmenter
+from stages.context import StageError
 from stages.inputs.segmenters import InstanceFinder, detection_names, make_segmenter, segmenter_config
 from stages.inputs.weights import CONFIG, WEIGHTS, checksum_of, load_detector, save_detector, start_from
 from tests.stages.segmenters import SIZE, context_of, parse

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from config.params import Params
 from data.reading.classes import CLASSES
 from data.reading.index import CAMERAS
 from data.reading.instances import ImageInstances, in_image, unpack
 from data.store import Store
-from pipeline.params import Params
-from pipeline.stage import StageError
+from pipeline.commands.cache import look, ls, plan, verify
 from stages import extract
-from stages.cache import look, ls, plan, verify
+from stages.context import StageError
 from stages.distill import open_store
 from stages.inputs.datasets import camera_dataset, plain_dataset
 from stages.inputs.segmenters import InstanceFinder

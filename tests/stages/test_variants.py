@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from config.params import StudentParams, load_params
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
 from distill import TermConfig
 from models.detectors.build import build_detector
-from pipeline.params import StudentParams, load_params
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import CAMERAS, random_batch
 

@@ -20,17 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from base.environment import ROOMS
+from config.graph import StageSpec
+from config.params import Params, merge, read_yaml
 from data.preparing.build import build_index
 from data.reading.batch import Batch, collate
 from data.store import Store
 from distill import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from pipeline.graph import StageSpec
-from pipeline.params import Params, merge, read_yaml
-from pipeline.stage import StageContext, StageError, Stop
-from pipeline.tracking import NullTracker
-from stages import distill, evaluate, export, extract, fusion, teacher
+from pipeline.commands import export
+from results.tracking.runs import NullTracker
+from stages import distill, evaluate, extract, fusion, teacher
+from stages.context import StageContext, StageError, Stop
 from stages.fusion import start_from_parts
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import WEIGHTS, checksum_of, load_detector, save_detector, start_from, start_in_part

@@ -12,10 +12,10 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
+from config.params import load_params
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from pipeline.params import load_params
-from pipeline.stage import StageError
+from stages.context import StageError
 from stages.inputs.weights import WEIGHTS, save_detector, start_from, start_in_part
 from stages.large import start_from_camera
 from tests.models.factory import (

@@ -1,0 +1,161 @@
+"""Profiles: `profiles/NAME.yaml` laid over params.yaml in place.
+
+Only the values that the profile sets change; comments, anchors and order stay. A profile mirrors the nesting of
+params.yaml: dicts merge, and every key must exist there. A dict that is tagged `!replace` in the profile replaces the
+whole dict instead.
+A comment beside a changed value starts at column 30, or two spaces behind a longer line, so that laying another profile
+over it and then the first one again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+
+from base.errors import PipelineError
+from config.params import Params, ParamsError, flatten, load_params
+
+COMMENT_COLUMN = 30
+_REPLACE = "!replace"
+_TAG = re.compile(rf"\s*{_REPLACE}[ \t]*")
+_COMMENT = re.compile(r"""((?:[^#"']|"[^"]*"|'[^']*'|(?<!\s)#)*?)[ \t]+(#.*)""")
+GROUND = "demo"  # the profile that holds every value that another profile or a study sets
+
+
+class ProfileError(PipelineError):
+    """A profile does not fit params.yaml."""
+
+
+def available(root: Path) -> list[str]:
+    """Names of the profiles of a project."""
+    return sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+
+
+def apply_profile(name: str, root: Path) -> Params:
+    """Lay a profile over params.yaml; returns the checked result. params.yaml is untouched when it fails.
+
+    Profile `demo` is laid first, which resets what any other profile has set: the result does not depend on that.
+    """
+    ground = [GROUND] if name != GROUND and GROUND in available(root) else []
+    return apply_overlays([profile_overlay(part, root) for part in (*ground, name)], root, f"profile {name}")
+
+
+def profile_overlay(name: str, root: Path) -> tuple[str, str]:
+    """What a profile sets, its own name among it, as text; and the file's name for messages."""
+    path = root / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        raise ProfileError(f"profile {name!r} is unknown; allowed: {', '.join(available(root)) or 'nothing'}")
+    return f"profile: {name}\n{path.read_text()}", f"profiles/{name}.yaml"
+
+
+def apply_overlays(overlays: Sequence[tuple[str, str]], root: Path, what: str) -> Params:
+    """Lay overlays (text, name) over params.yaml one after another; returns the checked result.
+
+    params.yaml is untouched when it fails; `what` begins the message then.
+    """
+    target, draft = root / "params.yaml", root / "params.yaml.tmp"
+    try:
+        text = target.read_text()
+        for overlay, name in overlays:
+            text = lay_over(text, overlay, name)
+        draft.write_text(text)
+        params = load_params(draft)
+        os.replace(draft, target)
+    except ParamsError as error:
+        raise ProfileError(f"{what}: {str(error).replace(draft.name, target.name)}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return params
+
+
+def section(text: str, name: str) -> str:
+    """What stands behind the colon of a section of a YAML file, tags and comments kept."""
+    key, value = next((key, value) for key, value in YAML(typ="safe").compose(text).value if key.value == name)
+    return text[key.end_mark.index + 1 : _end(value, key, text)]
+
+
+def lay_over(base: str, overlay: str, name: str) -> str:
+    """The text of `base` with the values that `overlay` sets. Raises ProfileError, naming the overlay and the key."""
+    try:
+        base_node, overlay_node = YAML(typ="safe").compose(base), YAML(typ="safe").compose(overlay)
+    except YAMLError as error:
+        raise ProfileError(f"{name} is not valid YAML: {error}") from None
+    edits = list(_edits(base_node, overlay_node, "", (base, overlay, name)))
+    result = base
+    for start, end, value in sorted(edits, reverse=True):
+        result = _put(result, start, end, value)
+    _check(result, overlay, name)
+    return result
+
+
+def _edits(
+    base: MappingNode, overlay: MappingNode, where: str, texts: tuple[str, str, str]
+) -> Iterator[tuple[int, int, str]]:
+    """(start, end, new text) of every value that changes, from behind the key's colon to the value's end."""
+    base_text, overlay_text, name = texts
+    known = {key.value: (key, value) for key, value in base.value}
+    for key, value in overlay.value:
+        path = f"{where}{key.value}"
+        if key.value not in known:
+            raise ProfileError(f"{name}: {path} is not in params.yaml; keys there: {', '.join(known)}")
+        old_key, old = known[key.value]
+        anchor = _anchor(old_key, base_text)
+        both_dicts = isinstance(old, MappingNode) and isinstance(value, MappingNode)
+        if both_dicts and value.tag != _REPLACE:
+            if old.start_mark.index < old_key.start_mark.index:
+                raise ProfileError(
+                    f"{name}: {path} is an alias (*{anchor}) in params.yaml: set it where &{anchor} is"
+                )
+            yield from _edits(old, value, f"{path}.", texts)
+            continue
+        new = overlay_text[key.end_mark.index + 1 : _end(value, key, overlay_text)]
+        if tag := _TAG.match(new):
+            new = new[tag.end() :] if new[tag.end()] == "\n" else f" {new[tag.end() :]}"
+        if anchor and not _anchor(key, overlay_text) and old.start_mark.index > old_key.start_mark.index:
+            new = re.sub(r"^\s*", rf"\g<0>&{anchor} ", new, count=1)
+        yield old_key.end_mark.index + 1, _end(old, old_key, base_text), new
+
+
+def _anchor(key: Node, text: str) -> str | None:
+    """Anchor or alias behind a key: the C parser, nine times as fast as Python's, keeps none in its nodes."""
+    found = re.compile(r"\s*(?:!\w+\s+)?[&*]([\w-]+)").match(text, key.end_mark.index + 1)
+    return found[1] if found else None
+
+
+def _end(value: Node, key: Node, text: str) -> int:
+    """Index behind the last character of a value (a block's own mark lies behind the comments that follow it)."""
+    if value.start_mark.index < key.start_mark.index:  # an alias: its node is where the anchor is
+        return re.compile(r"\s*\*[\w-]+").match(text, key.end_mark.index + 1).end()  # type: ignore[union-attr]
+    if getattr(value, "flow_style", True) is not False or not value.value:
+        return value.end_mark.index
+    last = value.value[-1]
+    return _end(last[1], last[0], text) if isinstance(value, MappingNode) else _end(last, key, text)
+
+
+def _put(text: str, start: int, end: int, value: str) -> str:
+    """Replace text[start:end], and move the comment behind it to its column."""
+    rest, newline, tail = text[end:].partition("\n")
+    head = text[:start] + value
+    if comment := _COMMENT.fullmatch(rest):
+        line = head.rpartition("\n")[2] + comment[1]
+        rest = comment[1] + " " * (max(COMMENT_COLUMN, len(line) + 2) - len(line)) + comment[2]
+    return head + rest + newline + tail
+
+
+def _check(result: str, overlay: str, name: str) -> None:
+    """The edited text must parse, and hold every value of the overlay."""
+    loader = YAML(typ="safe")
+    loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
+    try:
+        wanted, got = flatten(loader.load(overlay)), flatten(YAML(typ="safe").load(result))
+    except YAMLError as error:
+        raise ProfileError(f"{name} would make params.yaml unreadable: {error}") from None
+    if wrong := [key for key, value in wanted.items() if got.get(key, ...) != value]:
+        raise ProfileError(
+            f"{name}: {', '.join(wrong)} did not arrive: mirror the nesting and indentation of params.yaml"
+        )

@@ -1,0 +1,1 @@
+"""Commands that need more than the control plane, imported when they are called."""

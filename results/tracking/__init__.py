@@ -1,0 +1,1 @@
+"""Runs in MLflow: a journal in front of it, and a study's runs."""

@@ -1,0 +1,298 @@
+"""params.yaml: the repository's is valid, and a mistake is named with its key, its value and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from config.params import Params, ParamsError, flatten, load_params, merge, split_key
+from tests.pipeline.project import REMOVED, ROOT, params_text
+
+
+def broken(tmp_path: Path, **changes: Any) -> str:
+    """The message for params.yaml with changes."""
+    path = tmp_path / "params.yaml"
+    path.write_text(params_text(**changes))
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    return str(error.value)
+
+
+def test_repository_is_valid() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.study.variants
+    assert params.student(params.study.variants[0]).train.epochs == params.students["camera"].train.epochs
+
+
+BOXES = {"student": "head", "teacher": "lidar.boxes"}
+TAPS = "stores__lidar__taps"
+MAPS = {"serve": "cached-warp"}
+ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve": "online"}}}
+
+SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_size": 1, "lr": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"data__skip_broken": "many"}, ["data.skip_broken", "'many'", "integer"]),
+        ({"input__frames": 3}, ["input.frames", "3", "1 or 2"]),
+        ({"input__radars": True}, ["input.radars", "unknown key", "did you mean 'radar'"]),
+        ({"input__radar": REMOVED}, ["input.radar", "missing"]),
+        ({"study__teachers": ["lydar"]}, ["study.teachers", "'lydar'", "did you mean 'lidar'"]),
+        ({"variants__xod__student": "kamera"}, ["variants.xod.student", "'kamera'", "did you mean 'camera'"]),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"teacher": "lidar.box"}}},
+            ["variants.xod.terms.cls.teacher", "lidar.box", "did you mean 'boxes'"],
+        ),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}},
+            ["unknown store", "allowed: former, fusion"],
+        ),
+        ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
+        ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
+        ({"study__stores": []}, ["variants.xod.terms.", "needs store 'lidar' in study.stores []"]),
+        ({"study__teachers": []}, ["study.stores: 'lidar' needs teacher 'lidar' in study.teachers []"]),
+        (
+            {"stores__online": ONLINE, "study__stores": ["lidar", "online"]},
+            ["study.stores: all taps of 'online' are online", "nothing to extract"],
+        ),
+        (
+            {
+                "stores__online": ONLINE | {"teacher": "other"},
+                "teachers__other": {"model": {}, "train": {"epochs": 1, "batch_size": 1, "lr": 1.0}},
+                "variants__xod__terms": {"cls": BOXES | {"teacher": "online.boxes"}},
+            },
+            ["'online.boxes' is online", "needs teacher 'other' in study.teachers ['lidar', 'start']"],
+        ),
+        ({"stores__lidar__teacher": "lydar"}, ["stores.lidar.teacher", "'lydar'", "did you mean 'lidar'"]),
+        ({f"{TAPS}__boxes": MAPS}, ["stores.lidar: taps.boxes", "'cached-warp'", "allowed: cached-exact, online"]),
+        ({f"{TAPS}__boxes": {"serve": "online", "halo": 0.0, "dtype": "int8"}}, ["stored exactly", "no dtype, halo"]),
+        ({f"{TAPS}__bev_neck": {"serve": "cached-exact"}}, ["taps.bev_neck", "allowed: cached-warp, online"]),
+        ({f"{TAPS}__head": MAPS | {"dtype": "int8"}}, ["taps.head", "dtype 'int8'", "allowed: float32, float16"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"dtype": "int4"}}, ["taps.bev_lift.dtype", "'int4'", "int8"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"halo": 2.0}}, ["taps.bev_lift.halo: 2.0 m are 1.25 cells", "whole number"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"channels": 0}}, ["channels", "0", "greater than or equal to 1"]),
+        ({f"{TAPS}__bev_lift": MAPS | {"cell": "all"}}, ["taps.bev_lift.cell", "did you mean 'cells'"]),
+        ({"store__gap_samples": -1}, ["store.gap_samples", "-1"]),
+        ({"store__dtype": "float16"}, ["store.dtype", "unknown key"]),
+        ({"teachers__lidar__taps": {}}, ["teachers.lidar.taps", "unknown key"]),
+        ({"variants__baseline__train": {"epoch": 1}}, ["variants.baseline.train.epoch", "did you mean 'epochs'"]),
+        ({"grid__z": [5.0, 3.0]}, ["grid", "[5.0, 3.0]", "lowest"]),
+        ({"grid__range": 51.3}, ["grid", "51.3", "whole number"]),
+        ({"teachers__lidar__train__lr": -1}, ["teachers.lidar.train.lr", "-1", "greater than 0"]),
+        ({"teachers__lidar__train__milestones": [0.5]}, ["milestones [0.5] with schedule 'one_cycle'"]),
+        (
+            {"teachers__lidar__train__schedule": "multi_step", "teachers__lidar__train__milestones": [0.9, 0.5]},
+            ["milestones [0.9, 0.5] must ascend"],
+        ),
+        ({"students__camera__start": {"teacher": "stert"}}, ["students.camera.start.teacher", "did you mean 'start'"]),
+        (
+            {"students__camera__start": {"teacher": "fusion"}},
+            [
+                "variants.baseline",
+                "'fusion'",
+                "is not in study.teachers ['lidar', 'start'], study.fusions [] or study.large []",
+            ],
+        ),
+        ({"study__parts": {"lidar": "lidar"}, "study__fusions": REMOVED}, ["camera: missing", "fusions: missing"]),
+        ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
+        ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
+        ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
+        (
+            {"study__stores": ["lidar", "instance"]},
+            ["study.stores: 'instance' needs teacher 'instance' in study.segmenters []"],
+        ),
+        ({"stores__instance__taps": {"boxes": {"serve": "cached-exact"}}}, ["stores.instance.taps: boxes", "inst2d"]),
+        ({f"{TAPS}__inst2d": {"serve": "cached-exact"}}, ["stores.lidar.taps", "other teachers have no inst2d"]),
+        ({"stores__instance__taps__inst2d__serve": "online"}, ["taps.inst2d", "'online'", "allowed: cached-exact"]),
+        (
+            {"data__instances": None, "study__segmenters": ["instance"]},
+            ["data.instances: missing", "study.segmenters ['instance']"],
+        ),
+        ({"teachers__lidar__train__warmup": 1.5}, ["warmup", "1.5", "less than 1"]),
+        ({"input__image__size": [128, 360]}, ["input", "[128, 360]", "multiples of 32"]),
+        ({"input__depth_stride": 48}, ["multiples of 96", "depth_stride is 48"]),
+        ({"study__seeds": [0, 0]}, ["study.seeds", "more than once"]),
+        ({"data__version": "v1.0"}, ["data.version", "'v1.0'", "v1.0-mini"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    message = broken(tmp_path, **changes)
+    for part in parts:
+        assert part in message, message
+
+
+def test_duplicate_keys_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(params_text() + "seed: 1\n")
+    with pytest.raises(ParamsError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_more_sweeps_than_the_city_has(tmp_path: Path) -> None:
+    world = {"data__worlds": ["city"], "data__dataroot": "outputs/city"}
+    message = broken(tmp_path, input__sweeps=99, **world)
+    assert "input.sweeps: 99" in message
+    assert "city.sweeps" in message
+    path = tmp_path / "params.yaml"  # a real dataroot has more sweeps than the city
+    path.write_text(params_text(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes"))
+    assert load_params(path).input.sweeps == 99
+
+
+def test_unknown_profile_only_where_there_are_profiles(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(params_text(profile="domo"))
+    assert load_params(tmp_path / "params.yaml").profile == "domo"
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "demo.yaml").write_text("{}")
+    with pytest.raises(ParamsError, match=r"profile: 'domo' is unknown; did you mean 'demo'"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_missing_file_and_wrong_shape(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="does not exist"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("- a\n")
+    with pytest.raises(ParamsError, match="mapping"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
+    terms = {"cls": BOXES | {"teacher": "online.boxes"}}
+    path = tmp_path / "params.yaml"
+    path.write_text(params_text(stores__online=ONLINE, study__stores=[], variants__xod__terms=terms))
+    params = load_params(path)
+    assert params.stores["online"].cached == {}
+    assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    """The repository's params.yaml with one teacher of each part and no fusion teacher in its study, parsed once."""
+    return YAML(typ="safe", pure=True).load(params_text())
+
+
+CAMERA_START = [{"teacher": "start", "only": ["images"]}, {"teacher": "fusoin"}]
+OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"study": {"fusions": ["fusoin"]}}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
+        ({"study": {"fusions": ["fusion", "fusion"]}}, ["study.fusions: 'fusion' is listed more than once"]),
+        (
+            {"study": {"fusions": ["fusion", "lidar"]}},
+            ["study.fusions: ['lidar'] are in study.teachers too", "in one step or in two"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "parts": {"camera": "stert"}}},
+            ["study.parts.camera: study.fusions need 'stert' in study.teachers ['lidar', 'start']"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "teachers": ["start"]}},
+            ["study.parts.lidar: study.fusions need 'lidar' in study.teachers ['start']"],
+        ),
+        (
+            {"study": {"fusions": ["fusion"], "parts": {"lidar": "fusion"}}},
+            ["study.parts.lidar: study.fusions need 'fusion' in study.teachers ['lidar', 'start']"],
+        ),
+        ({"study": {"large": ["camera-larg"]}}, ["study.large: 'camera-larg' is unknown; did you mean 'camera-large'"]),
+        (
+            {"study": {"large": ["lidar"]}},
+            ["study.large: ['lidar'] are in study.teachers or study.fusions too", "trained in one way"],
+        ),
+        (
+            {"study": {"large": ["camera-large"], "teachers": ["lidar"]}},
+            ["study.parts.camera: study.large need 'start' in study.teachers ['lidar']"],
+        ),
+        ({"study": {"baselines": ["xod-reg"]}}, ["study.baselines: 'xod-reg' is unknown; did you mean 'xod'?"]),
+        (
+            {"study": {"variants": ["baseline", "skd"]}},
+            ["variants.skd: its student starts from teacher 'small', which is not in study.teachers"],
+        ),
+        (
+            {"variants": {"baseline": {"start": [{"teacher": "stert", "only": ["images"]}]}}},
+            ["variants.baseline.start.teacher: 'stert' is unknown; did you mean 'start'?"],
+        ),
+        (
+            {"variants": {"baseline": {"start": {"teacher": "start", "resample": True}}}},
+            ["resample brings modules of another size", "name them in only"],
+        ),
+        ({"study": {"featured": ["xid"]}}, ["study.featured: 'xid' is unknown; did you mean 'xod'?"]),
+        ({"study": {"featured": ["simdistill"]}}, ["'simdistill' is unknown; allowed: baseline, xod"]),
+        ({"study": {"stores": ["lidar", "fusion"]}}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
+        (
+            {"study": {"variants": ["imd"], "fusions": ["fusion"]}},
+            ["variants.imd.terms.imd.teacher: 'fusion.bev_lift_camera' needs store 'fusion' in study.stores ['lidar']"],
+        ),
+        (
+            {"variants": {"baseline": {"terms": OF_FUSION}}},
+            ["variants.baseline.terms.cls.teacher: 'fusion-online.head' is online", "needs teacher 'fusion' in study."],
+        ),
+        (
+            {"study": {"variants": ["imd"]}},
+            [
+                "variants.imd: its student starts from teacher 'fusion', which is not in ",
+                "study.teachers ['lidar', 'start'], study.fusions [] or study.large []",
+            ],
+        ),
+        (
+            {"students": {"camera": {"start": CAMERA_START}}},
+            ["students.camera.start.teacher: 'fusoin' is unknown; did you mean 'fusion'?"],
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_about_fusion_teachers_are_named(
+    values: dict[str, Any], changes: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        Params.model_validate(merge(values, changes))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_fusion_teachers_count_as_teachers_and_parts_are_theirs_alone(values: dict[str, Any]) -> None:
+    study = {"fusions": ["fusion"], "stores": ["lidar", "fusion"], "variants": ["imd"], "featured": ["imd"]}
+    assert Params.model_validate(merge(values, {"study": study})).study.detectors == ["lidar", "start", "fusion"]
+    online = {"study": {"fusions": ["fusion"]}, "variants": {"baseline": {"terms": OF_FUSION}}}
+    assert Params.model_validate(merge(values, online)).stores["fusion-online"].cached == {}
+    absent = {"parts": {"lidar": "none", "camera": "none"}}  # nobody reads them
+    assert Params.model_validate(merge(values, {"study": absent})).study.fusions == []
+
+
+@pytest.mark.parametrize(
+    ("start", "teachers"),
+    [
+        ({"teacher": "start", "only": ["images"]}, ["start"]),
+        ([{"teacher": "start"}, {"teacher": "lidar", "only": ["head"]}], ["start", "lidar"]),
+        ({"folder": "outputs/teachers/start", "checksum": "0"}, []),
+        (None, []),
+    ],
+)
+def test_a_student_starts_from_teachers_or_a_folder_or_nothing(
+    values: dict[str, Any], start: Any, teachers: list[str]
+) -> None:
+    values = copy.deepcopy(values)
+    values["students"]["camera"]["start"] = start
+    assert [each.teacher for each in Params.model_validate(values).students["camera"].starts] == teachers
+
+
+def test_variant_overrides_its_student(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(params_text(variants__baseline__train={"lr": 1e-5}))
+    params = load_params(path)
+    assert params.student("baseline").train.lr == 1e-5
+    assert params.student("xod").train == params.students["camera"].train
+    assert params.student("baseline").train.epochs == params.students["camera"].train.epochs
+
+
+def test_dict_helpers() -> None:
+    assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": 3}) == {"a": {"b": 1, "c": [2]}, "d": 3}
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
+    assert split_key("xod-xfd-3") == ("xod-xfd", 3)
+    with pytest.raises(ParamsError, match="<variant>-<seed>"):
+        split_key("lidar")
