@@ -131,6 +131,7 @@ class Project:
         self.set()
         self.write("dvc.yaml", DVC_YAML)
         self.write("stages/__init__.py", "")
+        shutil.copy(ROOT / "stages/context.py", root / "stages")  # this project has stages of its own
         self.write("stages/prepare.py", PREPARE)
         self.write("stages/distill.py", DISTILL)
 
