@@ -15,6 +15,7 @@ import pytest
 from base.stopping import PREEMPTED
 from config.params import load_params
 from pipeline import stage
+from stages import context
 from stages.context import StageError, Stop, publish
 from tests.pipeline.project import Project, wait_until
 
@@ -160,7 +161,7 @@ def test_sigterm(counting: Project, polls: bool) -> None:
 
 
 def test_signals_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "GRACE_SECONDS", 1e6)  # after which the process, here the tests', would end
+    monkeypatch.setattr(context, "GRACE_SECONDS", 1e6)  # after which the process, here the tests', would end
     stop = Stop()
     assert not stop.is_set()
     stop.handle(signal.SIGTERM, None)
