@@ -444,7 +444,7 @@ class Params(Section):
 
     def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
         source = term.get("teacher")
-        if not isinstance(source, str):  # a term without a teacher, or one that distill will refuse
+        if not isinstance(source, str):  # a term without a teacher, or one that `distill` will refuse
             return
         name, _, tap = source.partition(".")
         if name not in self.stores:

@@ -90,7 +90,11 @@ class StageContext:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Put a finished file or folder in place: on the disk before it is visible; what was there is replaced."""
+    """Put a finished file or folder in place: on the disk before it is visible; what was there is replaced.
+
+    Raises:
+        StageError: nothing was made.
+    """
     if not made.exists():
         raise StageError(f"{made} cannot be published as {target}: it does not exist")
     target.parent.mkdir(parents=True, exist_ok=True)
