@@ -47,7 +47,7 @@ lint: setup
 
 quick: lint      ## what to run before each commit (.pre-commit-config.yaml runs the same)
 
-SUITE := .venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup $(if $(DURATIONS),--durations 30)
+SUITE := .venv/bin/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(if $(DURATIONS),--durations 30)
 test: lint
 	@$(SUITE) -m "not whole"
 

@@ -125,6 +125,15 @@ def root(city: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -
     return root
 
 
+@pytest.fixture(scope="module")
+def student(root: Path, params: Params) -> StageContext:
+    """The stage that trained a student from the teacher's store and from the teacher itself."""
+    extract.run(context_of(root, params, "extract", "lidar"))
+    context = context_of(root, params, "distill", "taught-0")
+    distill.run(context)
+    return context
+
+
 def published(root: Path, name: str = "lidar") -> dict[str, Tensor]:
     return load_file(root / f"outputs/teachers/{name}" / WEIGHTS)
 
@@ -185,8 +194,9 @@ def test_a_fusion_teacher_starts_from_it_and_trains(root: Path, params: Params) 
         assert 0 < (trained[f"lidar.middle.{name}"] - weights[f"middle.{name}"]).abs().max() < 0.02  # of a few steps
 
 
-def test_it_teaches_a_student_from_its_store_and_in_the_step(root: Path, params: Params) -> None:
-    extract.run(context_of(root, params, "extract", "lidar"))
+def test_it_teaches_a_student_from_its_store_and_in_the_step(
+    root: Path, params: Params, student: StageContext
+) -> None:
     expected = by_hand(root)
     batch = a_batch(root, params, expected)
     with torch.no_grad():
@@ -198,19 +208,18 @@ def test_it_teaches_a_student_from_its_store_and_in_the_step(root: Path, params:
         # A sample's map is equal whatever it shares a batch with, but for the last bits.
         np.testing.assert_allclose(stored["bev_neck"], value.permute(1, 2, 0).numpy(), rtol=1e-4, atol=1e-5)
         assert stored["bev_lift"].shape == (side, side, 6)
-    context = context_of(root, params, "distill", "taught-0")
     terms = {name: TermConfig(**term) for name, term in TERMS.items()}
-    task, batches = task_of(context, build_detector(camera_config()), terms, 2)
+    task, batches = task_of(student, build_detector(camera_config()), terms, 2)
     served = task.sources(batches[0])
     torch.testing.assert_close(served["lidar.bev_neck"], served["live.bev_neck"], rtol=1e-4, atol=1e-5)
-    distill.run(context)
-    steps = [json.loads(line) for line in (context.scratch / "trace.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (student.scratch / "trace.jsonl").read_text().splitlines()]
     assert len(steps) == SAMPLES
     for step in steps:
         assert step["distill/cached"] == pytest.approx(step["distill/online"], rel=1e-3)
     assert load_detector(root / "outputs/students/taught-0").sensors == ("images",)
 
 
+@pytest.mark.usefixtures("student")
 def test_it_is_scored_and_its_student_leaves(root: Path, params: Params) -> None:
     evaluate.run(context_of(root, params, "evaluate_teacher", "lidar"))
     metrics = json.loads((root / "reports/metrics/lidar.json").read_text())
