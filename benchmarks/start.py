@@ -36,9 +36,10 @@ from models.detectors.build import build_detector
 build_detector(load_params(Path("params.yaml")).teachers["start"].model)
 """
 STAGES = {
-    "generate": "generate@city", "prepare": "prepare", "needs": "needs@baseline", "film": "film", "report": "report",
+    "generate": "generate@city", "prepare": "prepare", "needs": "needs@baseline", "evaluate": "evaluate@baseline-0",
+    "film": "film", "report": "report",
     "teacher": "teacher@lidar", "extract": "extract@lidar", "distill": "distill@baseline-0",
-    "evaluate": "evaluate@baseline-0", "features": "features@simdistill-0", "cost": "cost",
+    "predict": "predict@baseline-0", "features": "features@simdistill-0", "cost": "cost",
     "segmenter": "segmenter@instance",
 }  # fmt: skip
 
@@ -78,16 +79,21 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 
 def measure(trees: dict[str, Path], stages: list[str], rounds: int) -> None:
-    """Print a row per program, with a column per tree."""
+    """Print a row per program, with a column per tree; a dash where a tree has no such stage."""
     programs = codes(stages)
-    least = {(name, tree): float("inf") for name in programs for tree in trees}
+    absent = {(name, tree) for name in STAGES for tree in trees if not (trees[tree] / f"stages/{name}.py").exists()}
+    least = {(name, tree): float("inf") for name in programs for tree in trees if (name, tree) not in absent}
     for _ in range(rounds):
         for name, tree in least:
             least[name, tree] = min(least[name, tree], cpu_seconds(programs[name], trees[tree]))
     print(f"| CPU seconds, least of {rounds} | {' | '.join(trees)} |")
     print(f"|---|{'---|' * len(trees)}")
     for name in programs:
-        print(f"| {name} | {' | '.join(f'{least[name, tree]:.2f}' for tree in trees)} |")
+        print(f"| {name} | {' | '.join(_figure(least.get((name, tree))) for tree in trees)} |")
+
+
+def _figure(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f}"
 
 
 def main() -> None:

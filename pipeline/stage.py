@@ -220,8 +220,9 @@ def _alone(path: Path, address: str, patience: float = 0.0) -> Iterator[None]:
 
 
 def _module(name: str) -> ModuleType:
-    """stages/<name>.py; evaluating a teacher is evaluating."""
-    module = f"stages.{'evaluate' if name in ('evaluate_teacher', 'evaluate_fusion', 'evaluate_large') else name}"
+    """stages/<name>.py; what predicts or evaluates a teacher does so with any detector."""
+    whole, _, kind = name.partition("_")
+    module = f"stages.{whole if kind in ('teacher', 'fusion', 'large') else name}"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

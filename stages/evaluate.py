@@ -1,6 +1,6 @@
 """Stages `evaluate`, `evaluate_teacher`, `evaluate_fusion` and `evaluate_large`.
 
-Published weights -> submission, the devkit's metrics, pictures.
+A submission -> the devkit's metrics, pictures. They need no model, no GPU and no torch.
 """
 
 from __future__ import annotations
@@ -8,22 +8,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
-from base.environment import cores
-from base.progress import ProgressBar
-from config.params import split_key
 from data.drawing import pictures
-from data.reading.batch import collate
 from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
-from data.reading.dataset import NuScenesDataset
+from data.reading.index import Index
 from data.scoring import confusion
 from data.scoring.metrics import (
     MEAN_ERRORS,
@@ -34,94 +27,52 @@ from data.scoring.metrics import (
     summary,
     write_devkit_files,
 )
-from data.scoring.submission import SampleDetections, SubmissionError, build_submission, write_submission
-from models.detectors.detector import Detector
+from data.scoring.submission import MODEL, SUBMISSION, SampleDetections, SubmissionError, read_detections
 from results.tracking.runs import scores
+from stages import predictions
 from stages.context import StageContext, StageError
-from stages.inputs.datasets import plain_dataset
-from stages.inputs.weights import load_detector
 
 logger = logging.getLogger(__name__)
 
-SUBMISSION: Final = "results_nusc.json"
+INDEX: Final = "outputs/index"
 # Columns of `dvc metrics show`: what fits a screen. The rest of an evaluation stands beside the predictions.
 HEADLINES: Final = ("mAP", "NDS", *MEAN_ERRORS, "mAP_present", "samples", "boxes", "parameters")
-MODALITY: Final = {"images": "camera", "points": "lidar", "radar": "radar"}  # a batch's sensor -> the devkit's word
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a teacher, or a variant's student of one seed."""
-
-    kind: str  # "teacher" or "student"
-    key: str
-    variant: str
-    seed: int | None  # None: a teacher's seed is in its weights
-
-    @property
-    def weights(self) -> str:
-        """Folder of the published weights, relative to the root."""
-        return f"outputs/{self.kind}s/{self.key}"
 
 
 def run(context: StageContext) -> None:
-    """Run the model over the split, score it with the devkit, publish predictions and metrics."""
+    """Score what was predicted, draw some of it, publish metrics and pictures."""
+    if context.key is None:
+        raise StageError(f"stage {context.name} needs --key")
     try:
-        _run(context, subject(context.name, context.key))
+        _run(context, context.key)
     except (BlobError, MetricsError, SubmissionError) as error:
         raise StageError(str(error)) from error
 
 
-def subject(stage: str, key: str | None) -> Subject:
-    """The stage's key taken apart; variants may have hyphens in their names."""
-    if key is None:
-        raise StageError(f"stage {stage} needs --key")
-    if stage != "evaluate":
-        return Subject("teacher", key, key, None)
-    return Subject("student", key, *split_key(key))
-
-
-def _run(context: StageContext, subject: Subject) -> None:
-    params, folder = context.params, context.scratch / "predictions"
+def _run(context: StageContext, key: str) -> None:
+    params, folder = context.params, context.scratch / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    split = getattr(params.data.splits, params.evaluate.split)
-    detector = load_detector(context.root / subject.weights)
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
-    dataset = plain_dataset(context.root, params, split, detector)
-    detections = predict(detector.to(context.device), dataset, params.evaluate.batch_size, subject.key)
-    modalities = {MODALITY[name] for name in detector.sensors}
-    write_submission(build_submission(detections, dataset.index, split, modalities), folder / SUBMISSION)
+    model, submission = predictions.read(context, MODEL), predictions.folder(context) / SUBMISSION
+    split, index = getattr(params.data.splits, params.evaluate.split), Index.open(context.root / INDEX)
+    if model["split"] != split:
+        command = predictions.command(context)
+        raise StageError(f"{submission} is of split {model['split']!r}, not of {split!r}: run `{command}`")
     nusc = open_tables(context.root / params.data.dataroot, params.data.version)
-    evaluation = evaluate_submission(nusc, folder / SUBMISSION, split)
+    evaluation = evaluate_submission(nusc, submission, split)
     write_devkit_files(evaluation, folder)
-    head = {"kind": subject.kind, "key": subject.key, "variant": subject.variant, "seed": subject.seed, "split": split}
-    metrics = {**head, "parameters": parameters, **summary(evaluation)}
+    metrics = {**model, **summary(evaluation)}
     logger.info("%s", _words(metrics))
     context.tracker.log_metrics(scores(metrics), 0)
     _draw_curves(context, evaluation, metrics, folder)
-    found = confusion.confusion(detections, dataset.index, split, params.evaluate.score_threshold)
+    detections = read_detections(submission, index, index.rows(split).tolist())
+    found = confusion.confusion(detections, index, split, params.evaluate.score_threshold)
     _draw_confusion(context, found, folder)
-    _draw_scenes(context, dataset, detections, subject, folder)
+    _draw_scenes(context, index, split, detections, folder)
     made = context.scratch / "metrics.json"
     _write(made, {name: metrics[name] for name in HEADLINES})
     _write(folder / "evaluation.json", {name: value for name, value in metrics.items() if name not in HEADLINES})
-    context.publish(folder, f"outputs/predictions/{subject.key}")
-    context.publish(made, f"reports/metrics/{subject.key}.json")
-
-
-def predict(detector: Detector, dataset: NuScenesDataset, batch_size: int, title: str) -> dict[str, SampleDetections]:
-    """Decoded boxes per sample token, in the LiDAR frame of each keyframe, on the CPU."""
-    device = next(detector.parameters()).device
-    workers = min(cores(), 8) if device.type == "cuda" else 0  # on a CPU the model leaves no core to them
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers, pin_memory=device.type == "cuda")
-    detections: dict[str, SampleDetections] = {}
-    detector.eval()
-    with torch.inference_mode(), ProgressBar(title, len(dataset)) as bar:
-        for batch in loader:
-            for token, found in zip(batch.tokens, detector.decode(detector(batch.to(device))), strict=True):
-                detections[token] = SampleDetections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu())
-            bar.advance(by=len(batch))
-    return detections
+    context.publish(folder, f"outputs/evaluations/{key}")
+    context.publish(made, f"reports/metrics/{key}.json")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -157,21 +108,15 @@ def _draw_confusion(context: StageContext, found: confusion.Confusion, folder: P
 
 
 def _draw_scenes(
-    context: StageContext,
-    dataset: NuScenesDataset,
-    detections: Mapping[str, SampleDetections],
-    subject: Subject,
-    folder: Path,
+    context: StageContext, index: Index, split: str, detections: Mapping[str, SampleDetections], folder: Path
 ) -> None:
     """Pictures of keyframes spread evenly over the split: the same ones for every model."""
-    settings = context.params.evaluate
-    count = min(settings.pictures, len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
+    settings, rows = context.params.evaluate, index.rows(split).tolist()
+    count = min(settings.pictures, len(rows))
     scenes = []
-    for number, position in enumerate(chosen.tolist()):
-        view = pictures.load_view(dataset.index, int(dataset.rows[position]), dataset.dataroot)
-        found = detections[view.token]
-        panels = draw_panels(view, found, subject.key, settings.score_threshold)
+    for number, position in enumerate(np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()):
+        view = pictures.load_view(index, rows[position], context.root / context.params.data.dataroot)
+        panels = draw_panels(view, detections[view.token], str(context.key), settings.score_threshold)
         files = {name: f"{number:02d}-{name}.{'jpg' if 'cameras' in name else 'png'}" for name in panels}
         for name, panel in panels.items():
             pictures.save(panel, folder / files[name])

@@ -74,7 +74,7 @@ def run(context: StageContext) -> None:
     logger.info("%s: %s", context.key, ", ".join(f"{when} {value:.3f}" for when, value in numbers.items()))
     context.tracker.log_metrics(numbers, 0)
     (folder / "features.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    context.publish(folder, f"outputs/predictions/features/{context.key}")
+    context.publish(folder, f"outputs/evaluations/features/{context.key}")
 
 
 def fusion_teacher(params: Params, variant: str) -> str:

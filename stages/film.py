@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,8 @@ from base.progress import ProgressBar
 from config.params import Params
 from data.drawing import pictures
 from data.reading.blobs import BlobError
-from data.reading.boxes import lidar_boxes_from_global
-from data.reading.classes import CLASSES
-from data.reading.geometry import Float64
 from data.reading.index import Index
+from data.scoring.submission import SUBMISSION, SampleDetections, SubmissionError, read_detections
 from results.report.results import Arm, Study
 from results.report.scenes import extremes, fullest, scene_gains
 from stages.context import StageContext, StageError
@@ -45,7 +43,7 @@ def run(context: StageContext) -> None:
     """Choose models and scenes by the published metrics, draw, publish."""
     try:
         _run(context)
-    except BlobError as error:
+    except (BlobError, SubmissionError) as error:
         raise StageError(str(error)) from error
 
 
@@ -101,28 +99,19 @@ def fullest_row(index: Index, rows: Sequence[int]) -> int:
 
 def predictions(context: StageContext, arm: Arm, index: Index, rows: Iterable[int]) -> Seen:
     """An arm's published boxes with a score of at least evaluate.score_threshold, of some rows of the index."""
-    path = context.root / f"outputs/predictions/{arm.first_key}/results_nusc.json"
+    path = context.root / f"outputs/predictions/{arm.first_key}" / SUBMISSION
     try:
-        found = json.loads(path.read_text())["results"]
+        found = read_detections(path, index, rows)
     except FileNotFoundError:
-        raise StageError(f"{path} is missing: run `dvc repro {arm.stage}@{arm.first_key}`") from None
-    tokens = {index.sample(row).token: row for row in rows}
+        command = f"{arm.stage.replace('evaluate', 'predict')}@{arm.first_key}"
+        raise StageError(f"{path} is missing: run `dvc repro {command}`") from None
     threshold = context.params.evaluate.score_threshold
-    return {token: lidar_boxes(found[token], index.global_SE3_lidar(row), threshold) for token, row in tokens.items()}
+    return {token: drawable(detections, threshold) for token, detections in found.items()}
 
 
-def lidar_boxes(
-    entries: Sequence[Mapping[str, Any]], global_SE3_lidar: Float64, threshold: float
-) -> pictures.Boxes:
-    """Entries of one keyframe of a submission in its LiDAR frame, those below the threshold left out."""
-    kept = [entry for entry in entries if entry["detection_score"] >= threshold]
-    sizes = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
-    translation, size, rotation, velocity = (
-        np.array([entry[key] for entry in kept], np.float64).reshape(-1, width) for key, width in sizes.items()
-    )
-    poses = np.broadcast_to(global_SE3_lidar, (len(kept), 4, 4))
-    labels = np.array([CLASSES.index(entry["detection_name"]) for entry in kept], np.int64)
-    return pictures.Boxes(lidar_boxes_from_global(translation, size, rotation, velocity, poses), labels)
+def drawable(found: SampleDetections, threshold: float) -> pictures.Boxes:
+    """The boxes with at least a score."""
+    return pictures.Boxes(np.asarray(found.boxes), np.asarray(found.labels)).above(np.asarray(found.scores), threshold)
 
 
 @dataclass(frozen=True)

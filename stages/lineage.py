@@ -34,7 +34,7 @@ def results(params: Params, root: Path) -> Study:
     rows = {name: params.variants[name].row or "" for name in study.variants}
     return load_study(
         root / "reports/metrics",
-        root / "outputs/predictions",
+        root / "outputs/evaluations",
         study.teachers,
         rows,
         study.seeds,

@@ -34,9 +34,9 @@ def run(context: StageContext) -> None:
     stages, edges = stage_graph(graph.graph(context.root))
     report = build(
         context.root / "reports/metrics",
-        context.root / "outputs/predictions",
+        context.root / "outputs/evaluations",
         context.root / "reports/stores",
-        context.root / "outputs/predictions/features",
+        context.root / "outputs/evaluations/features",
         context.root / "reports/cost.json",
         context.root / "outputs/film",
         profile=params.profile,

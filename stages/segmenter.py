@@ -10,7 +10,8 @@ from config.params import SegmenterParams
 from data.reading.augment import ImageConfig
 from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
-from data.reading.coco import CocoError, CocoInstances, collate_images
+from data.reading.coco import CocoInstances, collate_images
+from data.reading.coco_json import CocoError
 from models.detectors.segmenter import Segmenter
 from stages.context import StageContext, StageError
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config

@@ -21,22 +21,23 @@ STAGES: dict[str, dict[str, list[str]]] = {
 }
 GROUPS = {
     "every teacher": {"teacher", "fusion", "large", "segmenter"},
+    "every prediction": {"predict", "predict_teacher", "predict_fusion", "predict_large", "predict_segmenter"},
     "every evaluation": {"evaluate", "evaluate_teacher", "evaluate_fusion", "evaluate_large", "evaluate_segmenter"},
     "nothing": set[str](),
 }
 
 
 def outs(stage: str) -> list[str]:
-    """Paths of a stage's outs, with `*` in place of what differs between its keys."""
+    """Patterns of a stage's outs."""
     entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
     return [pattern(entry if isinstance(entry, str) else next(iter(entry))) for entry in entries]
 
 
 def pattern(path: str) -> str:
-    """A path with `*` in place of what DVC fills in."""
+    """A path in which `*teacher` stands for the name of any teacher, `*key` for any student, `*` for anything."""
     # A dataroot may be anywhere; as far as stages are concerned it is what `generate` makes.
     path = re.sub(r"^\$\{data\.(dataroot|instances)[^}]*\}.*", "outputs/*", path)
-    return re.sub(r"\$\{[^}]*\}", "*", path)
+    return re.sub(r"\$\{[^}]*\}", "*", re.sub(r"\$\{(?:item\.)?(\w+)\}", r"*\1", path).replace("*item", "*"))
 
 
 def overlap(one: str, other: str) -> bool:
@@ -109,8 +110,8 @@ def test_every_edit_makes_run_again_what_the_table_says() -> None:
 
 
 def test_a_loss_and_a_metric() -> None:
-    """No teacher, store or evaluation of a teacher runs again for a loss; nothing is trained again for a metric."""
+    """No teacher, store or evaluation of a teacher runs again for a loss; no model runs again for a metric."""
     assert runs("distill/relations.py") == {"distill"}
-    trained = {*GROUPS["every teacher"], "distill", "extract"}
+    trained = {*GROUPS["every teacher"], *GROUPS["every prediction"], "distill", "extract"}
     for file in ("data/scoring/confusion.py", "data/drawing/pictures.py", "stages/evaluate.py", "stages/report.py"):
         assert not (runs(file) | follow(runs(file))) & trained, file

@@ -18,7 +18,7 @@ from base.environment import ROOMS
 ROOT = Path(__file__).resolve().parents[1]
 # What only runs, watches or records: an edit of it changes no result.
 CONTROL = ("base/", "config/", "pipeline/", "results/tracking/", "stages/context.py")
-SAME_CODE = {f"evaluate_{kind}": "evaluate" for kind in ("teacher", "fusion", "large")}
+SAME_CODE = {f"{stage}_{kind}": stage for stage in ("predict", "evaluate") for kind in ("teacher", "fusion", "large")}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

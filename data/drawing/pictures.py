@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,12 +27,10 @@ from PIL import Image
 from data.reading.blobs import BlobError
 from data.reading.boxes import box_corners
 from data.reading.classes import CLASSES
+from data.reading.coco_json import InstanceArrays
 from data.reading.geometry import inverse
 from data.reading.index import CAMERAS, Index
 from data.reading.sensors import read_points
-
-if TYPE_CHECKING:
-    from data.reading.instances import ImageInstances
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]
@@ -152,9 +150,9 @@ def draw_cameras(view: View, shown: Boxes, title: str) -> Picture:
     return _cameras(view, title, shown.labels, partial(_project, view=view, shown=shown))
 
 
-def draw_camera_instances(view: View, shown: Mapping[str, ImageInstances], title: str) -> Picture:
+def draw_camera_instances(view: View, shown: Mapping[str, InstanceArrays], title: str) -> Picture:
     """The six cameras as in `draw_cameras`, with masks and boxes [K, 4] of instances in raw pixels by camera name."""
-    labels = np.concatenate([instances.labels.numpy() for instances in shown.values()])
+    labels = np.concatenate([instances.labels for instances in shown.values()])
     return _cameras(view, title, labels, lambda axes, name: _masks(axes, shown[name]))
 
 
@@ -214,7 +212,7 @@ def _project(axes: Axes, name: str, view: View, shown: Boxes) -> None:
     axes.add_collection(lines)
 
 
-def draw_instances(image: Picture, shown: ImageInstances, title: str, *, scores: bool) -> Picture:
+def draw_instances(image: Picture, shown: InstanceArrays, title: str, *, scores: bool) -> Picture:
     """A camera image with masks and boxes in the colours of their classes, under a strip with the title.
 
     Args:
@@ -237,14 +235,15 @@ def draw_instances(image: Picture, shown: ImageInstances, title: str, *, scores:
     return _render(figure)
 
 
-def _masks(axes: Axes, shown: ImageInstances) -> None:
+def _masks(axes: Axes, shown: InstanceArrays) -> None:
     """Masks and outlines of boxes over an image; where masks overlap, the one of the better score is seen."""
     colours = [COLOURS[CLASSES[label]] for label in shown.labels.tolist()]
     layer = np.zeros((*shown.masks.shape[1:], 4), np.uint8)
-    for number in shown.scores.argsort(stable=True).tolist():
-        layer[shown.masks[number].numpy() > 0] = [*_rgb(colours[number]), 120]
+    for number in shown.scores.argsort(kind="stable").tolist():
+        layer[shown.masks[number] > 0] = [*_rgb(colours[number]), 120]
     axes.imshow(layer, extent=_frame(layer.shape[:2]), interpolation="nearest", aspect="auto")
-    corners = shown.boxes.double().numpy()[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] - 0.5  # boxes count from pixels' edges
+    boxes = shown.boxes.astype(np.float64) - 0.5  # which count from pixels' edges
+    corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
     outlines = PolyCollection(list(corners), facecolors="none", edgecolors=colours, linewidths=0.9)
     outlines.set_path_effects(list(_CASING))
     axes.add_collection(outlines)

@@ -16,14 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.reading.augment import ImageConfig, draw_image_matrices
-from data.reading.classes import CATEGORY_TO_CLASS
+from data.reading.coco_json import CocoError, category_labels
 from data.reading.dataset import SampleKey
 from data.reading.instances import ImageInstances, InstanceBatch, mask_runs, warp_masks
 from data.reading.sensors import load_image
-
-
-class CocoError(ValueError):
-    """A COCO JSON that cannot be used."""
 
 
 class ImageSample(NamedTuple):
@@ -151,24 +147,6 @@ def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
         image_aug=torch.stack([sample.image_aug for sample in samples]),
         raw_sizes=[sample.raw_size for sample in samples],
     )
-
-
-def category_labels(categories: Sequence[dict[str, Any]], classes: Sequence[str | None]) -> dict[int, int]:
-    """Positions in `classes` by category id, of the categories that are one of them.
-
-    Raises:
-        ValueError: none is.
-    """
-    known = {name: position for position, name in enumerate(classes) if name is not None}
-    labels: dict[int, int] = {}
-    for entry in categories:
-        for name in (entry["name"], CATEGORY_TO_CLASS.get(entry["name"])):
-            if name in known:
-                labels.setdefault(int(entry["id"]), known[name])
-    if not labels:
-        found = ", ".join(entry["name"] for entry in categories) or "none"
-        raise ValueError(f"none of its categories ({found}) is one of the classes {', '.join(known)}")
-    return labels
 
 
 def _parse(content: dict[str, Any], classes: Sequence[str | None]) -> list[_Image]:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from data.reading.classes import CLASSES
+from data.reading.coco_json import encode_masks
 from data.reading.geometry import Float64
 
 LEAST_LEFT: Final = 0.25  # of an instance's area, that an augmented image must still show
@@ -142,14 +142,6 @@ class CameraBatch(Sequence[list[ImageInstances]]):
     def map(self, function: Callable[[Tensor], Tensor]) -> CameraBatch:
         """With `function` applied to the tensors."""
         return CameraBatch(self.images.map(function), self.cameras)
-
-
-def encode_masks(masks: NDArray[Any]) -> list[bytes]:
-    """Masks [K, H, W] as the compressed `counts` of COCO's run-length encoding."""
-    if not len(masks):
-        return []
-    columns = np.asfortranarray(masks.astype(np.uint8, copy=False).transpose(1, 2, 0))
-    return [rle["counts"] for rle in coco_mask.encode(columns)]
 
 
 def mask_runs(rles: Sequence[bytes], size: tuple[int, int]) -> list[NDArray[np.int64]]:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data.reading.classes import CLASSES
-from data.reading.coco import CocoError, category_labels
-from data.reading.instances import ImageInstances, encode_masks
+from data.reading.coco_json import CocoError, InstanceArrays, category_labels
 
 # Our word -> pycocotools' word, and what of a result it does not look at: else a mask would have the area of its box.
 KINDS: Final = {"bbox": ("bbox", "segmentation"), "mask": ("segm", "bbox")}
@@ -47,7 +46,12 @@ class InstanceTruth:
         categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
         self.coco = _coco({"images": content["images"], "annotations": annotations, "categories": categories})
 
-    def of(self, image_id: int) -> ImageInstances:
+    @property
+    def images(self) -> dict[int, str]:
+        """Id -> name of the file, in the order of the JSON."""
+        return {entry["id"]: entry["file_name"] for entry in self.coco.dataset["images"]}
+
+    def of(self, image_id: int) -> InstanceArrays:
         """The annotations of an image, to be drawn; crowds left out."""
         entries = [entry for entry in self.coco.imgToAnns[image_id] if not entry.get("iscrowd")]
         image = self.coco.imgs[image_id]
@@ -56,8 +60,20 @@ class InstanceTruth:
         masks = np.zeros((len(entries), image["height"], image["width"]), np.uint8)
         for mask, entry in zip(masks, entries, strict=True):
             mask[:] = self.coco.annToMask(entry)
-        labels = torch.tensor([entry["category_id"] - 1 for entry in entries], dtype=torch.int64)
-        return ImageInstances(torch.from_numpy(boxes), labels, torch.ones(len(entries)), torch.from_numpy(masks))
+        labels = np.array([entry["category_id"] - 1 for entry in entries], np.int64)
+        return InstanceArrays(boxes, labels, np.ones(len(entries), np.float32), masks)
+
+    def found(self, image_id: int, results: Iterable[Mapping[str, Any]]) -> InstanceArrays:
+        """Those of `results` that are of an image, to be drawn."""
+        own = [entry for entry in results if entry["image_id"] == image_id]
+        image = self.coco.imgs[image_id]
+        boxes = np.array([entry["bbox"] for entry in own], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = np.zeros((len(own), image["height"], image["width"]), np.uint8)
+        for mask, entry in zip(masks, own, strict=True):
+            mask[:] = coco_mask.decode(entry["segmentation"])
+        labels = np.array([entry["category_id"] - 1 for entry in own], np.int64)
+        return InstanceArrays(boxes, labels, np.array([entry["score"] for entry in own], np.float32), masks)
 
     def score(self, results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """COCO's metrics of `results` over all images of the JSON.
@@ -88,24 +104,6 @@ class InstanceTruth:
             evaluation.accumulate()
             evaluation.summarize()
         return evaluation
-
-
-def as_results(image_id: int, found: ImageInstances) -> list[dict[str, Any]]:
-    """Instances in raw pixels in COCO's form of results."""
-    size = list(found.masks.shape[1:])
-    rles = encode_masks(found.masks.numpy())
-    boxes = found.boxes.double().numpy()
-    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": int(label) + 1,
-            "bbox": box.tolist(),
-            "segmentation": {"size": size, "counts": rle},
-            "score": float(score),
-        }
-        for box, label, score, rle in zip(boxes, found.labels.tolist(), found.scores.tolist(), rles, strict=True)
-    ]
 
 
 def _coco(content: Mapping[str, Any]) -> COCO:

@@ -48,7 +48,7 @@ class Report:
 
 def build(
     metrics: Path,
-    predictions: Path,
+    evaluations: Path,
     cards: Path,
     features: Path,
     cost: Path,
@@ -78,7 +78,7 @@ def build(
 
     Args:
         metrics: folder of `<teacher>.json`, `<segmenter>.json` and `<variant>-<seed>.json`.
-        predictions: folder with one folder per run: evaluation.json, metrics_details.json, pictures.json and the
+        evaluations: folder with one folder per run: evaluation.json, metrics_details.json, pictures.json and the
             pictures.
         cards: folder of `<store>.json`, what extraction says of each store.
         features: folder with one folder per run of a featured variant: features.json and the pictures that it names.
@@ -108,7 +108,7 @@ def build(
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, predictions, teachers, rows, seeds, starts, fusions, large, baselines)
+    study = load_study(metrics, evaluations, teachers, rows, seeds, starts, fusions, large, baselines)
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
     fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)
@@ -137,7 +137,7 @@ def build(
         families=families(efficient),
         size=SIZE,
         features=simulated,
-        segmenters=segmenters_of(metrics, predictions, segmenters, scenes),
+        segmenters=segmenters_of(metrics, evaluations, segmenters, scenes),
         segmenter_metrics=SEGMENTER_METRICS,
         recipes=recipes(variants),
         search=read_search(*search, variants) if search else None,
@@ -146,11 +146,11 @@ def build(
         charts=[charts.bar_chart(study, metric) for metric in METRICS],
         heat=charts.heat_map(study),
         errors=ERRORS,
-        curves=charts.curves(study, _details(study, predictions)),
+        curves=charts.curves(study, _details(study, evaluations)),
         pr_size=charts.PR_SIZE,
         graph=charts.graph(stages, edges),
         node=charts.NODE,
-        gallery=gallery(study, predictions, scenes),
+        gallery=gallery(study, evaluations, scenes),
         colour=_colours(study),
         number=number,
         difference=difference,
@@ -214,11 +214,11 @@ def _colours(study: Study) -> dict[str, str]:
     return {**variants, **teachers}
 
 
-def _details(study: Study, predictions: Path) -> dict[str, Any]:
+def _details(study: Study, evaluations: Path) -> dict[str, Any]:
     """The devkit's metric details of the first seed of every arm."""
-    return {arm.first_key: _read_details(predictions, arm) for arm in study.arms}
+    return {arm.first_key: _read_details(evaluations, arm) for arm in study.arms}
 
 
-def _read_details(predictions: Path, arm: Arm) -> Any:
-    path = predictions / arm.first_key / "metrics_details.json"
+def _read_details(evaluations: Path, arm: Arm) -> Any:
+    path = evaluations / arm.first_key / "metrics_details.json"
     return read_published(path, f"run `dvc repro {arm.stage}@{arm.first_key}`")

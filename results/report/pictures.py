@@ -47,19 +47,19 @@ class Gallery:
     threshold: float | None
 
 
-def gallery(study: Study, predictions: Path, count: int) -> Gallery:
+def gallery(study: Study, evaluations: Path, count: int) -> Gallery:
     """The first `count` keyframes that every arm has pictures of.
 
     Raises ReportError where a manifest or a picture that it names is missing.
     """
-    manifests = {arm.first_key: _manifest(predictions / arm.first_key, arm) for arm in study.arms}
+    manifests = {arm.first_key: _manifest(evaluations / arm.first_key, arm) for arm in study.arms}
     by_token = {key: {entry["token"]: entry for entry in manifest["scenes"]} for key, manifest in manifests.items()}
     first = by_token[study.baseline.first_key]
     tokens = [token for token in first if all(token in entries for entries in by_token.values())][:count]
     entries = [{key: known[token] for key, known in by_token.items()} for token in tokens]
     share = math.sqrt(min(1.0, PANELS / max(1, len(tokens) * (1 + len(study.arms)))))
     widths = {view: round(width * share) for view, width in VIEWS.items()}
-    scenes = [_scene(study, predictions, entry, widths) for entry in entries]
+    scenes = [_scene(study, evaluations, entry, widths) for entry in entries]
     return Gallery(scenes, manifests[study.baseline.first_key]["threshold"])
 
 
@@ -71,15 +71,15 @@ def _manifest(folder: Path, arm: Arm) -> dict[str, Any]:
 
 
 def _scene(
-    study: Study, predictions: Path, entries: dict[str, dict[str, Any]], widths: dict[str, int]
+    study: Study, evaluations: Path, entries: dict[str, dict[str, Any]], widths: dict[str, int]
 ) -> Scene:
     truth_key = study.baseline.first_key
     entry = entries[truth_key]
     panels = {}
     for view, width in widths.items():
-        truth = _panel("truth", None, view, predictions / truth_key / entry["files"][f"truth-{view}"], width)
+        truth = _panel("truth", None, view, evaluations / truth_key / entry["files"][f"truth-{view}"], width)
         others = [
-            _panel(arm.name, arm, view, predictions / arm.first_key / entries[arm.first_key]["files"][view], width)
+            _panel(arm.name, arm, view, evaluations / arm.first_key / entries[arm.first_key]["files"][view], width)
             for arm in study.arms
         ]
         panels[view] = [truth, *others]

@@ -15,7 +15,7 @@ ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
 HEADLINES = ("mAP", "NDS", *ERRORS)
 UNITS = {"mATE": "m", "mASE": "1 - IoU", "mAOE": "rad", "mAVE": "m/s", "mAAE": "1 - accuracy"}
 METRICS = (*HEADLINES, "mAP_present", "samples", "boxes", "parameters")  # DVC's metrics of a run
-EVALUATION = ("kind", "split", "classes", "scenes")  # the rest of its evaluation, beside its predictions
+EVALUATION = ("kind", "split", "classes", "scenes")  # the rest of its evaluation
 
 
 class ReportError(PipelineError):
@@ -30,7 +30,7 @@ class Arm:
     kind: str  # "teacher", "start" (trained as teachers are) or "student"
     stage: str  # that evaluates it
     runs: dict[int, dict[str, Any]]  # seed -> its published metrics and the rest of its evaluation
-    keys: dict[int, str]  # seed -> name of the run's folder in outputs/predictions
+    keys: dict[int, str]  # seed -> name of the run's folder in outputs/evaluations
     row: str = ""  # of a paper's table that the variant reproduces
 
     def values(self, metric: str) -> dict[int, float | None]:
@@ -56,7 +56,7 @@ class Arm:
 
     @property
     def first_key(self) -> str:
-        """The folder of the first seed's predictions; its pictures stand for the arm."""
+        """The folder of the first seed's evaluation; its pictures stand for the arm."""
         return next(iter(self.keys.values()))
 
     @property
@@ -160,15 +160,15 @@ def read_published(path: Path, command: str, required: Sequence[str] = (), or_el
 
 @dataclass(frozen=True)
 class _Folders:
-    """Where the evaluation stages publish: metrics, and predictions with the rest of each evaluation."""
+    """Where the evaluation stages publish: metrics, and all else."""
 
     metrics: Path
-    predictions: Path
+    evaluations: Path
 
     def read(self, key: str, stage: str) -> dict[str, Any]:
         command, or_else = f"run `dvc repro {stage}@{key}`", f", or take {key!r} out of `study` in params.yaml"
         metrics = read_published(self.metrics / f"{key}.json", command, METRICS, or_else)
-        evaluation = read_published(self.predictions / key / "evaluation.json", command, EVALUATION, or_else)
+        evaluation = read_published(self.evaluations / key / "evaluation.json", command, EVALUATION, or_else)
         return {**evaluation, **metrics}
 
     def teacher(self, name: str, kind: str, stage: str) -> Arm:
@@ -182,7 +182,7 @@ class _Folders:
 
 def load_study(
     metrics: Path,
-    predictions: Path,
+    evaluations: Path,
     teachers: Sequence[str],
     variants: Mapping[str, str],
     seeds: Sequence[int],
@@ -191,7 +191,7 @@ def load_study(
     large: Sequence[str] = (),
     baselines: Collection[str] = (),
 ) -> Study:
-    """Read `<key>.json` of a study's metrics and `<key>/evaluation.json` of its predictions.
+    """Read `<key>.json` of a study's metrics and `<key>/evaluation.json` of its evaluations.
 
     A key is a teacher's name or `<variant>-<seed>`. `variants` are given with the row of a paper's table, or "";
     `starts` are those of the teachers that others start from; `fusions` and `large` are teachers too; `baselines` are
@@ -201,7 +201,7 @@ def load_study(
     """
     if not variants or not seeds:
         raise ReportError(f"a study needs a variant and a seed, not variants {list(variants)} and seeds {list(seeds)}")
-    folders = _Folders(metrics, predictions)
+    folders = _Folders(metrics, evaluations)
     study = Study(
         [folders.teacher(name, "start" if name in starts else "teacher", "evaluate_teacher") for name in teachers]
         + [folders.teacher(name, "teacher", "evaluate_fusion") for name in fusions]

@@ -39,21 +39,21 @@ class Segmenter:
     overlays: list[Overlay]
 
 
-def segmenters(metrics: Path, predictions: Path, names: Sequence[str], count: int) -> list[Segmenter]:
+def segmenters(metrics: Path, evaluations: Path, names: Sequence[str], count: int) -> list[Segmenter]:
     """The segmenters of a study, each with the first `count` pictures.
 
     Raises:
         ReportError: metrics or a picture are missing; names the file and what to run.
     """
-    return [_segmenter(metrics, predictions / name, name, count) for name in names]
+    return [_segmenter(metrics, evaluations / name, name, count) for name in names]
 
 
-def _segmenter(metrics: Path, predictions: Path, name: str, count: int) -> Segmenter:
+def _segmenter(metrics: Path, evaluations: Path, name: str, count: int) -> Segmenter:
     command = f"run `dvc repro evaluate_segmenter@{name}`"
     content = read_published(metrics / f"{name}.json", command, REQUIRED)
-    manifest = read_published(predictions / "pictures.json", command)
+    manifest = read_published(evaluations / "pictures.json", command)
     overlays = [
-        Overlay(Path(entry["image"]).name, *picture_uri(predictions / entry["file"], PICTURE_WIDTH))
+        Overlay(Path(entry["image"]).name, *picture_uri(evaluations / entry["file"], PICTURE_WIDTH))
         for entry in manifest["images"][:count]
     ]
     return Segmenter(

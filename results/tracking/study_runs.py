@@ -321,7 +321,7 @@ class _Published:
     ) -> Member:
         """What teachers and students of boxes have in common; `made_from`: path -> what for."""
         key, run = arm.keys[seed], arm.runs[seed]
-        folder = self.root / "outputs/predictions" / key
+        folder = self.root / "outputs/evaluations" / key
         texts = {"recipe.yaml": _yaml(recipe), **_tables(run, _read(folder / "confusion.json"))}
         path = f"outputs/{'students' if arm.kind == 'student' else 'teachers'}/{key}"
         hashes, cost = self.recorded.hashes, {"parameters": run["parameters"], **costs.get(arm.name, {})}

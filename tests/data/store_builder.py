@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.reading.instances import CameraInstances, StoredInstances, encode_masks, pack  # noqa: E402
+from data.reading.coco_json import encode_masks  # noqa: E402
+from data.reading.instances import CameraInstances, StoredInstances, pack  # noqa: E402
 from data.store import Calibration, Encoding, StoreIdentity, StoreWriter, TapSpec  # noqa: E402
 
 IDENTITY = StoreIdentity(weights="w1", preprocessing="p1", index="i1", code="c1", encoding="bev_lift: float16; boxes")

@@ -16,9 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data.reading.classes import CLASSES
-from data.reading.coco import CocoError
-from data.reading.instances import ImageInstances, encode_masks
-from data.scoring.coco_metrics import SUMMARY, InstanceTruth, as_results
+from data.reading.coco_json import CocoError, InstanceArrays, as_results, encode_masks
+from data.scoring.coco_metrics import SUMMARY, InstanceTruth
 
 
 @pytest.fixture
@@ -26,25 +25,25 @@ def file(city: Path) -> Path:
     return city / "instances/val.json"
 
 
-def noisy(truth: ImageInstances, rng: np.random.Generator) -> ImageInstances:
+def noisy(truth: InstanceArrays, rng: np.random.Generator) -> InstanceArrays:
     """The truth with scores, some of it lost, doubled, moved by a few pixels, or of another class."""
     rows = np.flatnonzero(rng.uniform(size=len(truth.boxes)) < 0.8)
     rows = np.concatenate([rows, rows[rng.uniform(size=len(rows)) < 0.3]])
-    moved = torch.from_numpy(rng.integers(-2, 3, (len(rows), 2)))
-    masks = [torch.roll(truth.masks[row], move.tolist(), (1, 0)) for row, move in zip(rows, moved, strict=True)]
-    others = torch.from_numpy(rng.integers(0, len(CLASSES), len(rows)))
-    labels = torch.where(torch.from_numpy(rng.uniform(size=len(rows)) < 0.2), others, truth.labels[rows])
-    boxes = truth.boxes[rows] + moved.repeat(1, 2)
-    scores = torch.from_numpy(rng.uniform(0.05, 1.0, len(rows))).float()
-    return ImageInstances(boxes.float(), labels, scores, torch.stack(masks) if masks else truth.masks[:0])
+    moved = rng.integers(-2, 3, (len(rows), 2))
+    masks = [np.roll(truth.masks[row], move, (1, 0)) for row, move in zip(rows, moved, strict=True)]
+    others = rng.integers(0, len(CLASSES), len(rows))
+    labels = np.where(rng.uniform(size=len(rows)) < 0.2, others, truth.labels[rows])
+    boxes = (truth.boxes[rows] + np.tile(moved, 2)).astype(np.float32)
+    scores = rng.uniform(0.05, 1.0, len(rows)).astype(np.float32)
+    return InstanceArrays(boxes, labels, scores, np.stack(masks) if masks else truth.masks[:0])
 
 
-def guesses(truth: InstanceTruth, seed: int = 0) -> dict[int, ImageInstances]:
+def guesses(truth: InstanceTruth, seed: int = 0) -> dict[int, InstanceArrays]:
     rng = np.random.default_rng(seed)
     return {image: noisy(truth.of(image), rng) for image in truth.coco.imgs}
 
 
-def results_of(found: dict[int, ImageInstances]) -> list[dict[str, Any]]:
+def results_of(found: dict[int, InstanceArrays]) -> list[dict[str, Any]]:
     return [result for image, instances in found.items() for result in as_results(image, instances)]
 
 
@@ -83,8 +82,9 @@ def test_mmdet_scores_the_same(file: Path) -> None:
     metric.dataset_meta = {"classes": CLASSES}
     for image, instances in found.items():
         size = list(instances.masks.shape[1:])
-        masks = [{"size": size, "counts": rle} for rle in encode_masks(instances.masks.numpy())]
-        predicted = {"bboxes": instances.boxes, "labels": instances.labels, "scores": instances.scores, "masks": masks}
+        masks = [{"size": size, "counts": rle} for rle in encode_masks(instances.masks)]
+        boxes, labels, scores = map(torch.from_numpy, instances[:3])
+        predicted = {"bboxes": boxes, "labels": labels, "scores": scores, "masks": masks}
         metric.process({}, [{"img_id": image, "pred_instances": predicted, "ori_shape": size}])
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = metric.evaluate(len(found))

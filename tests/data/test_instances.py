@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from data.reading.augment import image_matrix
+from data.reading.coco_json import encode_masks
 from data.reading.instances import (
     CameraBatch,
     CameraInstances,
     ImageInstances,
     InstanceBatch,
     StoredInstances,
-    encode_masks,
     in_image,
     mask_runs,
     pack,

@@ -26,8 +26,8 @@ from data.drawing.pictures import (
     project_boxes,
 )
 from data.reading.classes import CLASSES
+from data.reading.coco_json import InstanceArrays
 from data.reading.index import CAMERAS, Index
-from data.reading.instances import ImageInstances
 
 K = np.array([[100.0, 0, 80], [0, 100.0, 45], [0, 0, 1]])
 
@@ -81,12 +81,12 @@ def test_the_threshold_is_inclusive() -> None:
     assert boxes.above(np.array([0.1, 0.2, 0.3]), 0.2).labels.tolist() == [1, 2]
 
 
-def instances(boxes: list[list[float]], labels: list[int], scores: list[float]) -> ImageInstances:
+def instances(boxes: list[list[float]], labels: list[int], scores: list[float]) -> InstanceArrays:
     """Instances that fill their boxes in an image of 50 x 100 pixels."""
     masks = torch.zeros(len(boxes), 50, 100, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
         mask[int(top) : int(bottom), int(left) : int(right)] = 1
-    return ImageInstances(torch.tensor(boxes).view(-1, 4), torch.tensor(labels), torch.tensor(scores), masks)
+    return InstanceArrays.of((torch.tensor(boxes).view(-1, 4), torch.tensor(labels), torch.tensor(scores), masks))
 
 
 def test_masks_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
@@ -126,10 +126,10 @@ def test_scores_are_written_beside_the_classes() -> None:
 
 def test_instances_in_cameras_keep_to_their_camera(view: View) -> None:
     size = view.images["CAM_FRONT"].shape[:2]
-    nothing = ImageInstances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0),
-                             torch.zeros(0, *size, dtype=torch.uint8))  # fmt: skip
-    whole = ImageInstances(torch.tensor([[0.0, 0.0, size[1], size[0]]]), torch.tensor([3]), torch.ones(1),
-                           torch.ones(1, *size, dtype=torch.uint8))  # fmt: skip
+    nothing = InstanceArrays(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32),
+                             np.zeros((0, *size), np.uint8))  # fmt: skip
+    whole = InstanceArrays(np.float32([[0.0, 0.0, size[1], size[0]]]), np.array([3]), np.ones(1, np.float32),
+                           np.ones((1, *size), np.uint8))  # fmt: skip
     shown = dict.fromkeys(CAMERAS, nothing)
     empty = draw_camera_instances(view, shown, "").astype(int)
     picture = draw_camera_instances(view, shown | {"CAM_BACK": whole}, "").astype(int)

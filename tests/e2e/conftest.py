@@ -72,7 +72,7 @@ class Project:
 
     def evaluations(self) -> dict[str, str]:
         """What the evaluations say beside the metrics, by run."""
-        found = sorted((self.root / "outputs/predictions").glob("*/evaluation.json"))
+        found = sorted((self.root / "outputs/evaluations").glob("*/evaluation.json"))
         return {path.parent.name: path.read_text() for path in found}
 
 

@@ -39,7 +39,7 @@ def publish(root: Path, key: str, score: float) -> None:
     evaluation = {"kind": "x", "key": key, "split": "val", "classes": {"car": values, "bus": values}, "scenes": []}
     (root / "reports/metrics").mkdir(parents=True, exist_ok=True)
     (root / f"reports/metrics/{key}.json").write_text(json.dumps(run))
-    folder = root / "outputs/predictions" / key
+    folder = root / "outputs/evaluations" / key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     for name in ("curves.png", "00-bev.png", "00-cameras.jpg"):
@@ -94,7 +94,7 @@ def store(database: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 def track(root: Path, **study: Any) -> str:
     params = params_of(**study)
     rows = {name: params.variants[name].row or "" for name in params.study.variants}
-    found = load_study(root / "reports/metrics", root / "outputs/predictions", ["lidar"], rows, params.study.seeds)
+    found = load_study(root / "reports/metrics", root / "outputs/evaluations", ["lidar"], rows, params.study.seeds)
     return comparison.track(root, params, found, {name: {"lidar"} if name == "xod" else set() for name in rows})
 
 

@@ -52,7 +52,8 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert {"extract@lidar", "teacher@lidar"} < set(nodes["needs@baseline"].upstream)
     assert nodes["distill@baseline-0"].upstream == ("needs@baseline", "prepare")
     assert "extract@lidar" in nodes["report"].upstream
-    assert nodes["evaluate@baseline-0"].upstream == ("distill@baseline-0", "prepare")
+    assert nodes["predict@baseline-0"].upstream == ("distill@baseline-0", "prepare")
+    assert nodes["evaluate@baseline-0"].upstream == ("predict@baseline-0", "prepare")
     for name, node in nodes.items():
         base, _, key = name.partition("@")
         assert node.cmd == f"exec python -m pipeline stage {base}" + (f" --key {key}" if key else "")

@@ -121,20 +121,20 @@ def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tupl
 
 
 def write_run(root: Path, key: str, run: dict[str, Any]) -> None:
-    """The two files of an evaluation: its metrics, and the rest of it beside its predictions."""
+    """The two files of an evaluation: its metrics, and the rest of it."""
     (root / f"metrics/{key}.json").write_text(json.dumps({k: v for k, v in run.items() if k not in EVALUATION}))
-    path = root / f"predictions/{key}/evaluation.json"
+    path = root / f"evaluations/{key}/evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({name: run[name] for name in EVALUATION}))
 
 
 def read_run(root: Path, key: str) -> dict[str, Any]:
     """The same two files, together."""
-    files = (root / f"metrics/{key}.json", root / f"predictions/{key}/evaluation.json")
+    files = (root / f"metrics/{key}.json", root / f"evaluations/{key}/evaluation.json")
     return {name: value for file in files for name, value in json.loads(file.read_text()).items()}
 
 
-def make_predictions(rng: np.random.Generator, folder: Path, metrics: dict[str, Any]) -> None:
+def make_pictures(rng: np.random.Generator, folder: Path, metrics: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recall = np.linspace(0, 1, 101)
     details = {}
@@ -159,9 +159,9 @@ def make_study(root: Path, seeds: list[int], absent: tuple[str, ...] = ()) -> Pa
     for key, (kind, level) in runs.items():
         metrics = make_metrics(rng, kind, level, absent)
         write_run(root, key, metrics)
-        make_predictions(rng, root / "predictions" / key, metrics)
+        make_pictures(rng, root / "evaluations" / key, metrics)
     (root / "metrics/instance.json").write_text(json.dumps(SEGMENTER))
-    overlays = root / "predictions/instance"
+    overlays = root / "evaluations/instance"
     overlays.mkdir()
     Image.fromarray(rng.integers(0, 255, (30, 80, 3), dtype=np.uint8)).save(overlays / "00.png")
     images = [{"image": "samples/CAM_BACK/one.jpg", "file": "00.png"}]
@@ -195,14 +195,14 @@ def add_fusion(root: Path, mean_ap: float, score: float) -> None:
     content = {**read_run(root, "lidar"), "mAP": 0.5, "NDS": 0.6}
     write_run(root, "lidar", content)
     write_run(root, "fusion", {**content, "mAP": mean_ap, "NDS": score})
-    make_predictions(np.random.default_rng(1), root / "predictions/fusion", content)
+    make_pictures(np.random.default_rng(1), root / "evaluations/fusion", content)
 
 
 def add_large(root: Path, score: float, alone: float, taught: float, name: str = "giant") -> None:
     """A large teacher with this NDS; the baseline and xfd get theirs, a tenth of the seed's number apart."""
     content = read_run(root, "lidar")
     write_run(root, name, {**content, "NDS": score})
-    make_predictions(np.random.default_rng(2), root / f"predictions/{name}", content)
+    make_pictures(np.random.default_rng(2), root / f"evaluations/{name}", content)
     for variant, mean in (("baseline", alone), ("xfd", taught)):
         paths = sorted((root / "metrics").glob(f"{variant}-*.json"))
         for index, path in enumerate(paths):
@@ -231,7 +231,7 @@ def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
-    folders = (root / name for name in ("metrics", "predictions", "stores", "features", "cost.json", "film"))
+    folders = (root / name for name in ("metrics", "evaluations", "stores", "features", "cost.json", "film"))
     return build(*folders, **{**given, **changes})
 
 
@@ -444,7 +444,7 @@ def test_scenes_are_sorted_by_what_the_best_variant_gains(tmp_path: Path) -> Non
             ]
             scenes.append({"scene": "nothing", "mAP": None, "boxes": 0, "samples": 2})
             write_run(tmp_path, f"{name}-{seed}", {**read_run(tmp_path, f"{name}-{seed}"), "scenes": scenes})
-    study = load_study(tmp_path / "metrics", tmp_path / "predictions", [], dict.fromkeys(VARIANTS, ""), [0, 1])
+    study = load_study(tmp_path / "metrics", tmp_path / "evaluations", [], dict.fromkeys(VARIANTS, ""), [0, 1])
     assert study.best is not None
     found = scene_gains(study, study.best)
     assert [entry.scene for entry in found] == ["a", "e", "c", "g", "d", "f", "b"]
@@ -476,7 +476,7 @@ def test_the_film_is_in_the_page_as_it_was_published(tmp_path: Path) -> None:
 def test_more_models_make_smaller_pictures(tmp_path: Path) -> None:
     """Twice the panels of a page have half the area, so that they do not need more bytes."""
     make_study(tmp_path, [0])
-    for folder in (tmp_path / "predictions").iterdir():
+    for folder in (tmp_path / "evaluations").iterdir():
         for file in folder.glob("00-*.png"):
             Image.fromarray(np.zeros((300, 1400, 3), np.uint8)).save(file)
     few = section(make_report(tmp_path, [0]), "scenes")
@@ -484,7 +484,7 @@ def test_more_models_make_smaller_pictures(tmp_path: Path) -> None:
     many = {f"copy-{number}": PLAIN for number in range(34)}
     for name in many:
         shutil.copy(tmp_path / "metrics/xfd-0.json", tmp_path / f"metrics/{name}-0.json")
-        (tmp_path / f"predictions/{name}-0").symlink_to(tmp_path / "predictions/xfd-0")
+        (tmp_path / f"evaluations/{name}-0").symlink_to(tmp_path / "evaluations/xfd-0")
     cost = {**COST, "variants": {**COST["variants"], **dict.fromkeys(many, COST["variants"]["xfd"])}}
     (tmp_path / "cost.json").write_text(json.dumps(cost))
     text = section(make_report(tmp_path, [0], variants={**VARIANTS, **many}), "scenes")
@@ -823,7 +823,7 @@ def test_what_was_learned_from_the_scored_scenes_is_said(
     split = "val" if "students" in seen else "val[:1]"
     assert seen_by(Index.open(tmp_path / "index"), sources, split) == set(seen)
     make_study(tmp_path, [0, 1])
-    for path in (tmp_path / "predictions").glob("*/evaluation.json"):
+    for path in (tmp_path / "evaluations").glob("*/evaluation.json"):
         path.write_text(path.read_text().replace('"split": "val"', f'"split": "{split}"'))
     report = make_report(tmp_path, [0, 1], learned_from=sources, seen=seen)
     for text in (report.plain, report.markdown):
@@ -916,11 +916,11 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ("metrics/lidar.json", None, "is missing: run `dvc repro evaluate_teacher@lidar`"),
         ("metrics/xfd-1.json", "{", "is not JSON"),
         ("metrics/xfd-1.json", "{}", "lacks mAP, NDS"),
-        ("predictions/xfd-1/evaluation.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
-        ("predictions/baseline-0/evaluation.json", "{}", "lacks kind, split, classes, scenes: it is of another"),
-        ("predictions/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
-        ("predictions/xfd-0/00-bev.png", None, "is missing"),
-        ("predictions/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
+        ("evaluations/xfd-1/evaluation.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
+        ("evaluations/baseline-0/evaluation.json", "{}", "lacks kind, split, classes, scenes: it is of another"),
+        ("evaluations/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
+        ("evaluations/xfd-0/00-bev.png", None, "is missing"),
+        ("evaluations/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),
         ("stores/lidar.json", None, "is missing: run `dvc repro extract@lidar`"),
         ("metrics/instance.json", None, "is missing: run `dvc repro evaluate_segmenter@instance`"),
         ("metrics/instance.json", "{", "is not JSON"),
@@ -929,8 +929,8 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
             '{"images": 3}',
             "is of another version: run `dvc repro evaluate_segmenter@instance`",
         ),
-        ("predictions/instance/pictures.json", None, "run `dvc repro evaluate_segmenter@instance`"),
-        ("predictions/instance/00.png", None, "is missing"),
+        ("evaluations/instance/pictures.json", None, "run `dvc repro evaluate_segmenter@instance`"),
+        ("evaluations/instance/00.png", None, "is missing"),
         ("metrics/fusion.json", None, "is missing: run `dvc repro evaluate_fusion@fusion`"),
         ("cost.json", None, "is missing: run `dvc repro cost`"),
         ("metrics/giant.json", None, "is missing: run `dvc repro evaluate_large@giant`"),
@@ -969,7 +969,7 @@ def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
 
 def test_metrics_of_other_studies_are_left_alone(tmp_path: Path) -> None:
     make_study(tmp_path, [0, 1])
-    study = load_study(tmp_path / "metrics", tmp_path / "predictions", [], {"baseline": ""}, [1])
+    study = load_study(tmp_path / "metrics", tmp_path / "evaluations", [], {"baseline": ""}, [1])
     assert [list(arm.runs) for arm in study.arms] == [[1]]
 
 

@@ -25,7 +25,8 @@ INSTANCES = "outputs/city/instances"
 TRAIN = {"epochs": 1, "batch_size": 4, "lr": 1e-3, "workers": 0}
 OUTS = {
     "segmenter": ("outputs/teachers/instance",),
-    "evaluate_segmenter": ("outputs/predictions/instance", "reports/metrics/instance.json"),
+    "predict_segmenter": ("outputs/predictions/instance",),
+    "evaluate_segmenter": ("outputs/evaluations/instance", "reports/metrics/instance.json"),
     "extract": ("outputs/stores/instance", "reports/stores/instance.json"),
 }
 

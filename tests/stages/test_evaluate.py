@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from data.scoring.submission import SampleDetections, build_submission, write_su
 from models.detectors.build import build_detector
 from results.report.results import METRICS
 from results.tracking.runs import NullTracker
-from stages import evaluate
+from stages import evaluate, predict
 from stages.context import StageContext, StageError, Stop
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector
@@ -83,7 +85,7 @@ def dataset_of(project: Path, params: Params, split: str, modalities: set[str]) 
 
 
 def context_of(project: Path, params: Params, name: str, key: str) -> StageContext:
-    outs = (f"outputs/predictions/{key}", f"reports/metrics/{key}.json")
+    outs = (f"outputs/predictions/{key}", f"outputs/evaluations/{key}", f"reports/metrics/{key}.json")
     spec = StageSpec(name, key, "", {}, {}, outs)
     scratch = project / ".scratch" / f"{name}-{key}"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -266,17 +268,18 @@ def test_the_stage_publishes_equal_bytes_twice(
 ) -> None:
     runs: list[tuple[Any, ...]] = []
     for _ in range(2):
+        predict.run(context_of(project, params, name.replace("evaluate", "predict"), key))
         evaluate.run(context_of(project, params, name, key))
-        folder, metrics = project / "outputs/predictions" / key, project / "reports/metrics" / f"{key}.json"
-        runs.append((digests(folder), metrics.read_bytes()))
+        folder, metrics = project / "outputs/evaluations" / key, project / "reports/metrics" / f"{key}.json"
+        predictions = project / "outputs/predictions" / key
+        runs.append((digests(folder), metrics.read_bytes(), digests(predictions)))
     assert runs[0] == runs[1]
-    assert {"results_nusc.json", "metrics_summary.json", "metrics_details.json", "curves.png", "pictures.json"} < set(
-        runs[0][0]
-    )
+    assert {"metrics_summary.json", "metrics_details.json", "curves.png", "pictures.json"} < set(runs[0][0])
+    assert set(runs[0][2]) == {"results_nusc.json", "model.json"}
     headlines = json.loads(runs[0][1])
     content = json.loads((folder / "evaluation.json").read_text())
     assert headlines.keys().isdisjoint(content)
-    evaluation = evaluate_submission(nusc, folder / "results_nusc.json", "mini_val")
+    evaluation = evaluate_submission(nusc, predictions / "results_nusc.json", "mini_val")
     assert {**headlines, **content}.items() >= summary(evaluation).items()  # every number is in one of the two files
     flat = [value for entry in headlines.values() for value in (entry.values() if isinstance(entry, dict) else [entry])]
     assert len(flat) == 12
@@ -320,10 +323,27 @@ def test_weights_that_do_not_fit_are_refused(project: Path, tmp_path: Path) -> N
 
 
 def test_keys_are_split_at_the_last_hyphen() -> None:
-    assert evaluate.subject("evaluate", "a-b-12") == evaluate.Subject("student", "a-b-12", "a-b", 12)
-    assert evaluate.subject("evaluate_teacher", "lidar").weights == "outputs/teachers/lidar"
+    assert predict.subject("predict", "a-b-12") == predict.Subject("student", "a-b-12", "a-b", 12)
+    assert predict.subject("predict_teacher", "lidar").weights == "outputs/teachers/lidar"
     with pytest.raises(StageError, match="--key"):
-        evaluate.subject("evaluate", None)
+        predict.subject("predict", None)
+
+
+def test_evaluation_needs_predictions_of_its_split(project: Path, params: Params) -> None:
+    context = context_of(project, params, "evaluate_teacher", "nobody")
+    with pytest.raises(StageError, match=r"nobody/model\.json.*run `dvc repro predict_teacher@nobody`"):
+        evaluate.run(context)
+    predict.run(context_of(project, params, "predict_teacher", "lidar"))
+    settings = params.evaluate.model_copy(update={"split": "train"})
+    other = params.model_copy(update={"evaluate": settings})
+    with pytest.raises(StageError, match=r"is of split 'mini_val', not of 'mini_train': run `dvc repro predict_"):
+        evaluate.run(context_of(project, other, "evaluate_teacher", "lidar"))
+
+
+def test_evaluation_brings_no_torch() -> None:
+    names = ("evaluate", "evaluate_segmenter", "film")
+    script = f"import sys; from stages import {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_report_reads_the_metrics_that_evaluation_writes() -> None:

@@ -1,4 +1,4 @@
-"""Stage `evaluate_segmenter`: numbers and pictures of a published segmenter, in the pixels of the raw images."""
+"""Stages `predict_segmenter` and `evaluate_segmenter`: numbers and pictures, in the pixels of the raw images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Found
-from stages import evaluate_segmenter
+from stages import evaluate_segmenter, predict_segmenter
 from stages.context import StageError
 from stages.evaluate_segmenter import flat_metrics, spread
 from stages.inputs.segmenters import InstanceFinder
@@ -52,6 +52,7 @@ class Knowing(torch.nn.Module):
 
 
 def run(root: Path) -> dict:
+    predict_segmenter.run(context_of(root, parse(), "predict_segmenter"))
     evaluate_segmenter.run(context_of(root, parse(), "evaluate_segmenter"))
     return json.loads((root / "reports/metrics/instance.json").read_text())
 
@@ -62,7 +63,7 @@ def test_metrics_and_pictures_are_published(root: Path) -> None:
     assert (metrics["kind"], metrics["key"], metrics["images"]) == ("segmenter", "instance", 6)
     segmenter = InstanceFinder.load(root / "outputs/teachers/instance", torch.device("cpu")).segmenter
     assert metrics["parameters"] == sum(parameter.numel() for parameter in segmenter.parameters())
-    folder = root / "outputs/predictions/instance"
+    folder = root / "outputs/evaluations/instance"
     manifest = json.loads((folder / "pictures.json").read_text())
     assert manifest["threshold"] == parse().evaluate.score_threshold
     content = json.loads((root / "outputs/city/instances/val.json").read_text())
@@ -110,9 +111,12 @@ def test_positions_are_spread_from_the_first_to_the_last() -> None:
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
+    with pytest.raises(StageError, match=r"predictions/instance/model\.json.*`dvc repro predict_segmenter@instance`"):
+        evaluate_segmenter.run(context_of(root, parse(), "evaluate_segmenter"))
     (root / "outputs/city/instances/val.json").unlink()
-    with pytest.raises(StageError, match=r"val\.json cannot be read"):
-        run(root)
+    for stage in (predict_segmenter, evaluate_segmenter):
+        with pytest.raises(StageError, match=r"val\.json cannot be read"):
+            stage.run(context_of(root, parse(), stage.__name__.removeprefix("stages.")))
     shutil.rmtree(root / "outputs/teachers/instance")
     with pytest.raises(StageError, match="does not hold a whole model"):
         run(root)

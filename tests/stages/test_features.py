@@ -18,7 +18,7 @@ from data.reading.batch import collate
 from data.reading.index import Index
 from models.detectors.build import build_detector
 from results.tracking.runs import NullTracker
-from stages import evaluate, features
+from stages import evaluate, features, predict
 from stages.context import StageContext, StageError, Stop
 from stages.features import correlation, fusion_teacher
 from stages.inputs.datasets import plain_dataset
@@ -60,7 +60,8 @@ def project(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context_of(project: Path, params: Params, name: str, key: str) -> StageContext:
-    outs = (f"outputs/predictions/{name}/{key}", f"outputs/predictions/{key}", f"reports/metrics/{key}.json")
+    outs = (f"outputs/evaluations/features/{key}", f"outputs/predictions/{key}", f"outputs/evaluations/{key}",
+            f"reports/metrics/{key}.json")  # fmt: skip
     scratch = project / ".scratch" / f"{name}-{key}"
     scratch.mkdir(parents=True, exist_ok=True)
     return StageContext(
@@ -70,7 +71,7 @@ def context_of(project: Path, params: Params, name: str, key: str) -> StageConte
 
 def run(project: Path, params: Params, key: str) -> tuple[Path, dict[str, Any]]:
     features.run(context_of(project, params, "features", key))
-    folder = project / "outputs/predictions/features" / key
+    folder = project / "outputs/evaluations/features" / key
     return folder, json.loads((folder / "features.json").read_text())
 
 
@@ -113,8 +114,9 @@ def test_the_numbers_are_those_of_the_models(project: Path, city: Path) -> None:
 def test_the_keyframes_are_those_of_evaluate(project: Path, city: Path) -> None:
     params = parse(city)
     _, content = run(project, params, "simdistill-0")
+    predict.run(context_of(project, params, "predict", "simdistill-0"))
     evaluate.run(context_of(project, params, "evaluate", "simdistill-0"))
-    drawn = json.loads((project / "outputs/predictions/simdistill-0/pictures.json").read_text())["scenes"]
+    drawn = json.loads((project / "outputs/evaluations/simdistill-0/pictures.json").read_text())["scenes"]
     assert [entry["token"] for entry in content["keyframes"]] == [scene["token"] for scene in drawn]
     assert [entry["caption"] for entry in content["keyframes"]] == [scene["caption"] for scene in drawn]
     tokens = Index.open(project / "outputs/index").tokens("val")

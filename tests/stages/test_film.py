@@ -18,7 +18,7 @@ from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
 from data.preparing.build import build_index
 from data.reading.index import Index
 from data.scoring.metrics import evaluate_submission, open_tables, summary
-from data.scoring.submission import SampleDetections, build_submission, write_submission
+from data.scoring.submission import SampleDetections, build_submission, read_detections, write_submission
 from results.report.film import read_film
 from results.report.results import METRICS, ReportError
 from results.tracking.runs import NullTracker
@@ -74,7 +74,9 @@ def evaluated(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         metrics = {"parameters": 1, **{name: scores[name] for name in METRICS if name in scores}}
         (root / f"reports/metrics/{key}.json").write_text(json.dumps(metrics))
         evaluation = {"kind": "student", "split": "val", "classes": scores["classes"], "scenes": scores["scenes"]}
-        path.with_name("evaluation.json").write_text(json.dumps(evaluation))
+        rest = root / f"outputs/evaluations/{key}/evaluation.json"
+        rest.parent.mkdir(parents=True)
+        rest.write_text(json.dumps(evaluation))
     return root
 
 
@@ -106,7 +108,7 @@ def test_the_stage_draws_every_keyframe_of_the_fullest_scene(project: Path, city
     content = run(project, params_of(city))
     folder, index = project / "outputs/film", Index.open(project / "outputs/index")
     rows = film.rows_of_scenes(index, "val")
-    scores = json.loads((project / "outputs/predictions/lidar/evaluation.json").read_text())["scenes"]
+    scores = json.loads((project / "outputs/evaluations/lidar/evaluation.json").read_text())["scenes"]
     assert {entry["scene"] for entry in scores} == set(rows)
     assert content["keys"] == ["lidar", "baseline-0", "xfd-0"]
     assert content["scene"] == max(scores, key=lambda entry: entry["boxes"])["scene"]
@@ -136,24 +138,24 @@ def test_equal_predictions_are_equal_bytes(project: Path, city: Path) -> None:
 
 def test_boxes_come_back_into_the_frame_that_they_left(evaluated: Path) -> None:
     index = Index.open(evaluated / "outputs/index")
-    results_of = json.loads((evaluated / "outputs/predictions/lidar/results_nusc.json").read_text())["results"]
-    for row in index.rows("val").tolist():
-        truth = index.annotations(row)
-        found = film.lidar_boxes(results_of[index.sample(row).token], index.global_SE3_lidar(row), 0.0)
+    rows = index.rows("val").tolist()
+    seen = read_detections(evaluated / "outputs/predictions/lidar/results_nusc.json", index, rows)
+    for row in rows:
+        truth, token = index.annotations(row), index.sample(row).token
+        found = film.drawable(seen[token], 0.0)
         order, expected = np.lexsort(found.boxes[:, :2].T.round(4)), truth.boxes[truth.valid]
         best = np.lexsort(expected[:, :2].T.round(4))
         np.testing.assert_allclose(found.boxes[order, :6], expected[best, :6], atol=1e-6)
         np.testing.assert_allclose(np.cos(found.boxes[order, 6] - expected[best, 6]), 1.0, atol=1e-9)
         np.testing.assert_array_equal(found.labels[order], truth.labels[truth.valid][best])
-        half = film.lidar_boxes(results_of[index.sample(row).token], index.global_SE3_lidar(row), 0.5)
-        assert len(half.boxes) == len(expected) // 2
-    assert film.lidar_boxes([], np.eye(4), 0.2).boxes.shape == (0, 9)
+        assert len(film.drawable(seen[token], 0.5).boxes) == len(expected) // 2
 
 
 def test_the_film_shows_the_students_own_teacher(project: Path, city: Path) -> None:
     for key, like in (("start", "lidar"), ("fusion", "lidar"), ("simdistill-0", "xfd-0")):
         shutil.copy(project / f"reports/metrics/{like}.json", project / f"reports/metrics/{key}.json")
-        shutil.copytree(project / f"outputs/predictions/{like}", project / f"outputs/predictions/{key}")
+        for made in ("predictions", "evaluations"):
+            shutil.copytree(project / f"outputs/{made}/{like}", project / f"outputs/{made}/{key}")
     lists = {"teachers": ["start", "lidar"], "fusions": ["fusion"], "parts": {"lidar": "lidar", "camera": "start"}}
     for names, stores, expected in (
         (["baseline", "xfd"], ["fusion", "lidar"], ["lidar", "baseline", "xfd"]),
@@ -176,10 +178,10 @@ def test_without_a_variant_there_is_no_scene_to_compare(project: Path, city: Pat
 @pytest.mark.parametrize(
     ("file", "content", "error", "message"),
     [
-        ("outputs/predictions/xfd-0/results_nusc.json", None, StageError, "is missing: run `dvc repro evaluate@xfd-0`"),
+        ("outputs/predictions/xfd-0/results_nusc.json", None, StageError, "is missing: run `dvc repro predict@xfd-0`"),
         ("reports/metrics/xfd-0.json", None, ReportError, "is missing: run `dvc repro evaluate@xfd-0`"),
         (
-            "outputs/predictions/xfd-0/evaluation.json",
+            "outputs/evaluations/xfd-0/evaluation.json",
             "scenes",
             ReportError,
             r"xfd-0/evaluation.json lacks scenes.*run `dvc repro evaluate@xfd-0`",

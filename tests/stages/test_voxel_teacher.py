@@ -30,7 +30,7 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from pipeline.commands import export
 from results.tracking.runs import NullTracker
-from stages import distill, evaluate, extract, fusion, teacher
+from stages import distill, evaluate, extract, fusion, predict, teacher
 from stages.context import StageContext, StageError, Stop
 from stages.fusion import start_from_parts
 from stages.inputs.datasets import plain_dataset
@@ -80,7 +80,7 @@ def params(city: Path) -> Params:
 
 def context_of(root: Path, params: Params, stage: str, key: str) -> StageContext:
     outs = (f"outputs/teachers/{key}", f"outputs/stores/{key}", f"reports/stores/{key}.json", f"outputs/students/{key}",
-            f"outputs/predictions/{key}", f"reports/metrics/{key}.json")  # fmt: skip
+            f"outputs/predictions/{key}", f"outputs/evaluations/{key}", f"reports/metrics/{key}.json")  # fmt: skip
     scratch = root / f".scratch/{stage}-{key}"
     scratch.mkdir(parents=True, exist_ok=True)
     spec = StageSpec(stage, key, "", {}, {}, outs)
@@ -221,6 +221,7 @@ def test_it_teaches_a_student_from_its_store_and_in_the_step(
 
 @pytest.mark.usefixtures("student")
 def test_it_is_scored_and_its_student_leaves(root: Path, params: Params) -> None:
+    predict.run(context_of(root, params, "predict_teacher", "lidar"))
     evaluate.run(context_of(root, params, "evaluate_teacher", "lidar"))
     metrics = json.loads((root / "reports/metrics/lidar.json").read_text())
     assert metrics["parameters"] == sum(p.numel() for p in by_hand(root).parameters())

@@ -11,8 +11,9 @@ import numpy as np
 from base.errors import PipelineError
 from config.params import Params, load_params
 from data.drawing import pictures
+from data.reading.coco_json import InstanceArrays
 from data.reading.index import CAMERAS, Index
-from data.reading.instances import ImageInstances, StoredInstances, in_image, unpack
+from data.reading.instances import StoredInstances, in_image, unpack
 from data.store import Store
 from pipeline.commands.cache.builds import STORES, actionable, chosen, published
 from stages.inputs.datasets import INDEX
@@ -49,7 +50,7 @@ def _draw_instances(view: pictures.View, stored: StoredInstances, name: str, thr
     """The cameras with the true boxes, and below them again with the teacher's masks and boxes above a score."""
     height, width = next(iter(view.images.values())).shape[:2]
     found = in_image(stored, np.stack([np.eye(3)] * len(CAMERAS)), (height, width), least_left=0.0, least_area=1)
-    shown = [ImageInstances(*(part[camera.scores >= threshold] for part in camera)) for camera in found]
+    shown = [InstanceArrays.of(camera).above(threshold) for camera in found]
     count = sum(len(camera.boxes) for camera in shown)
     panels = (
         pictures.draw_cameras(view, view.truth, f"truth, {len(view.truth.boxes)} boxes"),
