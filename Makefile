@@ -43,6 +43,7 @@ study: setup     ## PROFILE is optional: the study names the one that it is mean
 
 lint: setup
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
 quick: lint      ## what to run before each commit (.pre-commit-config.yaml runs the same)

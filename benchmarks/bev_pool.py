@@ -1,6 +1,6 @@
-"""BEV pooling side by side: ours, the cumsum trick of Lift-Splat-Shoot, and adding every point with ``index_add``.
+"""BEV pooling side by side: ours, the cumsum trick of Lift-Splat-Shoot, and adding every point with `index_add`.
 
-One sample of BEVDepth's size on one thread: ``python benchmarks/bev_pool.py``.
+One sample of BEVDepth's size on one thread: `python benchmarks/bev_pool.py`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     reach = torch.linspace(1, 60, BINS)
     column, row = (((reach * f(angle) + 51.2) / 0.8).floor().long() for f in (torch.cos, torch.sin))
     inside = (column >= 0) & (column < CELLS) & (row >= 0) & (row < CELLS)
-    return (torch.randn(pixels, CHANNELS, generator=generator),
-            torch.rand(pixels, BINS, generator=generator).softmax(1), torch.where(inside, row * CELLS + column, -1))
+    return (
+        torch.randn(pixels, CHANNELS, generator=generator),
+        torch.rand(pixels, BINS, generator=generator).softmax(1),
+        torch.where(inside, row * CELLS + column, -1),
+    )
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -106,8 +109,10 @@ def main() -> None:
         "ours, index made each time": lambda f, d: bev_pool(f, d, pool_index(cell, cells)),
         "ours, index given": lambda f, d: bev_pool(f, d, index),
     }
-    print(f"1x{CAMERAS}x{BINS}x{HEIGHT}x{WIDTH}, C {CHANNELS}, {CELLS}x{CELLS} cells, "
-          f"{len(index.point_by_cell)} of {cell.numel()} points inside, one thread")
+    print(
+        f"1x{CAMERAS}x{BINS}x{HEIGHT}x{WIDTH}, C {CHANNELS}, {CELLS}x{CELLS} cells, "
+        f"{len(index.point_by_cell)} of {cell.numel()} points inside, one thread"
+    )
     print(f"{'':32s}{'fwd ms':>9s}{'fwd+bwd ms':>12s}{'speed-up':>10s}{'gradient error':>16s}")
     results = {name: both_ways(pool, features, depth) for name, pool in rows.items()}
     slow, exact = results["cumsum trick (LSS, BEVFusion)"], results["index_add of the frustum"][2]

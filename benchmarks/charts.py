@@ -35,8 +35,13 @@ class Panel(NamedTuple):
 def machine() -> dict[str, str | float]:
     """What was measured on, and how busy it was in the last five minutes."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__,
-            "python": platform.python_version(), "load_average": round(os.getloadavg()[1], 2)}
+    return {
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[1], 2),
+    }
 
 
 def draw(path: Path, title: str, panels: Sequence[Panel], series: Sequence[str] = ()) -> None:
@@ -52,8 +57,10 @@ def draw(path: Path, title: str, panels: Sequence[Panel], series: Sequence[str] 
         y += 22
         parts.append(_text(16, y, panel.title, weight="bold"))
         y = _panel(parts, panel, y + 10)
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10}" width="{WIDTH}" height="{y + 10}" '
-            'font-family="Helvetica, Arial, sans-serif" font-size="12.5">')
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10}" width="{WIDTH}" height="{y + 10}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="12.5">'
+    )
     background = f'<rect width="{WIDTH}" height="{y + 10}" fill="white"/>'
     path.write_text("\n".join([head, background, *parts, "</svg>"]) + "\n")
 
@@ -82,5 +89,7 @@ def _panel(parts: list[str], panel: Panel, top: int) -> int:
 
 def _text(x: float, y: float, text: str, *, size: float = 12.5, weight: str = "normal", anchor: str = "start") -> str:
     """A text with a white edge, to be read across lines."""
-    return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" '
-            f'fill="#222" stroke="white" stroke-width="3" paint-order="stroke">{escape(text)}</text>')
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" '
+        f'fill="#222" stroke="white" stroke-width="3" paint-order="stroke">{escape(text)}</text>'
+    )

@@ -64,13 +64,13 @@ class PlainFiles(Container):
     name = "plain files"
 
     def write(self, values: Sequence[Half]) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         self.folder.mkdir(parents=True)
         for sample, value in enumerate(values):
             value.tofile(self._path(sample))
 
     def read(self, sample: int) -> Half:
-        """See :class:`Container`; a short file fails in the reshape."""
+        """See `Container`; a short file fails in the reshape."""
         return np.fromfile(self._path(sample), np.float16).reshape(self.shape)
 
     def _path(self, sample: int) -> Path:
@@ -84,7 +84,7 @@ class Ours(Container):
     encoding = Encoding("float16")
 
     def write(self, values: Sequence[Half]) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         maps = [value.transpose(2, 0, 1) for value in values]  # as a teacher gives them
         identity = StoreIdentity("weights", "preprocessing", "index", "code", str(self.encoding))
         taps = {"map": TapSpec.dense(maps[0].shape, self.encoding, extent=51.2)}
@@ -96,11 +96,11 @@ class Ours(Container):
             writer.finish()
 
     def open(self) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         self.store = Store.open(self.folder)
 
     def read(self, sample: int) -> Half:
-        """See :class:`Container`."""
+        """See `Container`."""
         return self.store.read(str(sample), ["map"])["map"]
 
 
@@ -111,7 +111,7 @@ class Zarr(Container):
     checked = False
 
     def write(self, values: Sequence[Half]) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -127,13 +127,13 @@ class Zarr(Container):
             array[number * self.shard : number * self.shard + len(part)] = np.stack(part)
 
     def open(self) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         import zarr
 
         self.array: Any = zarr.open_array(self.folder, mode="r")
 
     def read(self, sample: int) -> Half:
-        """See :class:`Container`."""
+        """See `Container`."""
         value: Half = self.array[sample]
         return value
 
@@ -151,7 +151,7 @@ class Lmdb(Container):
     name = "LMDB"
 
     def write(self, values: Sequence[Half]) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         import lmdb
 
         self.folder.mkdir(parents=True)
@@ -163,14 +163,14 @@ class Lmdb(Container):
                         transaction.put(f"{number * self.shard + row:06d}".encode(), value.tobytes())
 
     def open(self) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         import lmdb
 
         environment = lmdb.open(str(self.folder), readonly=True, lock=False)
         self.transaction = environment.begin(buffers=True)
 
     def read(self, sample: int) -> Half:
-        """See :class:`Container`."""
+        """See `Container`."""
         found = self.transaction.get(f"{sample:06d}".encode())
         if found is None:
             raise KeyError(f"LMDB has no sample {sample}")
@@ -183,7 +183,7 @@ class Safetensors(Container):
     name = "safetensors"
 
     def write(self, values: Sequence[Half]) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         from safetensors.numpy import save_file
 
         self.folder.mkdir(parents=True)
@@ -192,11 +192,11 @@ class Safetensors(Container):
             save_file(tensors, self.folder / f"{number:05d}.safetensors")
 
     def open(self) -> None:
-        """See :class:`Container`."""
+        """See `Container`."""
         self.files: dict[int, Any] = {}
 
     def read(self, sample: int) -> Half:
-        """See :class:`Container`."""
+        """See `Container`."""
         from safetensors import safe_open
 
         number = sample // self.shard

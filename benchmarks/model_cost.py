@@ -1,6 +1,6 @@
 """What a student costs: parameters, multiply-adds and memory, part by part, at the size of a profile.
 
-``python benchmarks/model_cost.py nuscenes-x3kd-r50`` lays the profile over params.yaml in memory and runs, on CUDA if
+`python benchmarks/model_cost.py nuscenes-x3kd-r50` lays the profile over params.yaml in memory and runs, on CUDA if
 there is one, else on the CPU, one inference and one training step of a sample: six cameras, all keyframes of the
 profile. It needs no data and no weights. One profile per run, because a process's peak memory never falls.
 
@@ -121,12 +121,14 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         alone = variant in params.teachers
         settings = params.teachers[variant] if alone else params.student(variant)
-        self.terms = {} if alone else {name: TermConfig(**config)
-                                       for name, config in params.variants[variant].terms.items()}
+        self.terms = (
+            {} if alone else {name: TermConfig(**config) for name, config in params.variants[variant].terms.items()}
+        )
         self.train, self.size = settings.train, params.input.image.size
         self.student: Detector = build_detector(settings.model).to(self.device)
-        self.frozen = {name: parameters_of(build_detector(params.teachers[name].model))
-                       for name in params.study.detectors}
+        self.frozen = {
+            name: parameters_of(build_detector(params.teachers[name].model)) for name in params.study.detectors
+        }
         for name in params.study.segmenters:
             given = params.segmenters[name]
             model = build_segmenter({"model": given.model, "classes": given.classes or CLASSES})
@@ -139,14 +141,22 @@ class Bench:
     def rows(self, step: Step, counted: MultiplyAdds) -> list[Row]:
         """The student's parts, the student, the terms."""
         name = type(self.student).__name__
-        rows = [Row(part, parameters_of(module), counted.of([f"{name}.{part}"]), step.kept[part])
-                for part, module in self.parts.items()]
+        rows = [
+            Row(part, parameters_of(module), counted.of([f"{name}.{part}"]), step.kept[part])
+            for part, module in self.parts.items()
+        ]
         kept = sum(step.kept[part] for part in self.parts)
         whole = Row("student", parameters_of(self.student), counted.of([name]), kept)
-        rest = Row(REST, whole.parameters - sum(row.parameters for row in rows),
-                   whole.macs - sum(row.macs for row in rows), step.kept[REST])
-        terms = [Row(f"train-only: {term}", parameters_of(module), step.macs[term], step.kept[term])
-                 for term, module in self.recipe.terms.items()]
+        rest = Row(
+            REST,
+            whole.parameters - sum(row.parameters for row in rows),
+            whole.macs - sum(row.macs for row in rows),
+            step.kept[REST],
+        )
+        terms = [
+            Row(f"train-only: {term}", parameters_of(module), step.macs[term], step.kept[term])
+            for term, module in self.recipe.terms.items()
+        ]
         return [*rows, rest, whole._replace(kept=whole.kept + rest.kept), *terms]
 
     def _recipe(self, params: Params) -> Recipe:
@@ -258,15 +268,19 @@ def main() -> None:
     counted, step = bench.inference(), bench.training_step()
     rows = bench.rows(step, counted)
     height, width = params.input.image.size
-    print(f"{given.profile}, {given.variant}: {CAMERAS} x {height} x {width}, {params.input.frames} keyframes, "
-          f"{bench.train.precision}, {machine()['device']}, {given.threads} thread(s)\n")
+    print(
+        f"{given.profile}, {given.variant}: {CAMERAS} x {height} x {width}, {params.input.frames} keyframes, "
+        f"{bench.train.precision}, {machine()['device']}, {given.threads} thread(s)\n"
+    )
     print("| part | parameters, M | multiply-adds, G | kept for backward, MB |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row.part} | {row.parameters / 1e6:.2f} | {row.macs / 1e9:.1f} | {row.kept / 1e6:.0f} |")
     for name, parameters in bench.frozen.items():
         print(f"| frozen teacher: {name} | {parameters / 1e6:.2f} | | |")
-    print(f"\ntraining step of one sample: {step.seconds:.1f} s of CPU time, memory {step.before / 1e9:.2f} GB before, "
-          f"{step.peak / 1e9:.2f} GB at its peak")
+    print(
+        f"\ntraining step of one sample: {step.seconds:.1f} s of CPU time, memory {step.before / 1e9:.2f} GB before, "
+        f"{step.peak / 1e9:.2f} GB at its peak"
+    )
     if given.json:
         found = {"machine": machine(), "rows": [row._asdict() for row in rows], "step": step._asdict()}
         given.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -31,10 +31,13 @@ load_params(Path("params.yaml"))
 graph.resolve({address!r})
 importlib.import_module("stages.{stage}")
 """
-BUILD = START + """
+BUILD = (
+    START
+    + """
 from models.detectors.build import build_detector
 build_detector(load_params(Path("params.yaml")).teachers["start"].model)
 """
+)
 STAGES = {
     "generate": "generate@city", "prepare": "prepare", "needs": "needs@baseline", "evaluate": "evaluate@baseline-0",
     "film": "film", "report": "report",

@@ -1,6 +1,6 @@
 """Random reads of the teacher-output store beside plain files, Zarr, LMDB and safetensors.
 
-``python benchmarks/store_read.py`` reads equal bytes in random order: in one process, each map copied into the same
+`python benchmarks/store_read.py` reads equal bytes in random order: in one process, each map copied into the same
 buffer ("0 workers"), and through the workers of a torch DataLoader, which adds its own cost to all. *First* reads: the
 container is open and nothing read yet, the page cache is warm; ours verifies every chunk. *Later* reads: the process
 has read everything once. *Cold*: as first, the files dropped from this kernel's page cache (a disk or host below may

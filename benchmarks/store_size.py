@@ -1,7 +1,7 @@
-"""What each encoding of a teacher's map costs in bytes and error: ``python benchmarks/store_size.py``.
+"""What each encoding of a teacher's map costs in bytes and error: `python benchmarks/store_size.py`.
 
 Encodes the LiDAR teacher's `bev_lift` of params.yaml, with calibrations fitted to one half of the samples and
-everything measured on the other. The trained teacher and the data come from ``--outputs``, the folder that a run of the
+everything measured on the other. The trained teacher and the data come from `--outputs`, the folder that a run of the
 study has made. Without it the teacher is freshly initialised and sees random points, and the table says so.
 Decoding is what a loader's worker does with a chunk, up to the map in the batch; expanding to float is the device's.
 """
@@ -36,7 +36,9 @@ from training.seeding import MODEL, seed_everything
 TAP = "bev_lift"
 TRAINVAL = 28_130  # training samples of nuScenes
 STORE = StoreParams(
-    teacher="lidar", score_threshold=0.1, taps={TAP: {"serve": "cached-warp", "cells": "foreground"}}  # type: ignore[dict-item]
+    teacher="lidar",
+    score_threshold=0.1,
+    taps={TAP: {"serve": "cached-warp", "cells": "foreground"}},  # type: ignore[dict-item]
 )
 ENCODINGS = [
     Encoding("float32"),

@@ -1,6 +1,6 @@
 """What a teacher costs a student's training step: nothing, from the store, or run online.
 
-``python benchmarks/store_step.py`` trains the camera student of params.yaml with its X-OD and X-FD terms, on CUDA if
+`python benchmarks/store_step.py` trains the camera student of params.yaml with its X-OD and X-FD terms, on CUDA if
 there is one, else on the CPU, by `training.trainer` and with one loader per arm. All arms read the same prepared
 samples from memory (no files, no decoding), so that they differ in the teacher's part only. The arms take turns, a step
 each on the CPU, and ratios are taken within a round; beside them those of the trainer's CPU time, which other work on

@@ -223,9 +223,7 @@ def _nodes(repo: Repo) -> dict[str, Node]:
 def _changed(repo: Repo) -> dict[str, list[str]]:
     entries = repo.status()
     return {
-        stage.name: _reasons(stage, entries[stage.addressing])
-        for stage in _stages(repo)
-        if stage.addressing in entries
+        stage.name: _reasons(stage, entries[stage.addressing]) for stage in _stages(repo) if stage.addressing in entries
     }
 
 

@@ -108,9 +108,7 @@ def _edits(
         both_dicts = isinstance(old, MappingNode) and isinstance(value, MappingNode)
         if both_dicts and value.tag != _REPLACE:
             if old.start_mark.index < old_key.start_mark.index:
-                raise ProfileError(
-                    f"{name}: {path} is an alias (*{anchor}) in params.yaml: set it where &{anchor} is"
-                )
+                raise ProfileError(f"{name}: {path} is an alias (*{anchor}) in params.yaml: set it where &{anchor} is")
             yield from _edits(old, value, f"{path}.", texts)
             continue
         new = overlay_text[key.end_mark.index + 1 : _end(value, key, overlay_text)]

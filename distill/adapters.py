@@ -11,7 +11,7 @@ from distill.terms import AdapterConfig
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, *size] of [B, C, H, W] that cover the same square, bilinear; ``x`` itself where it has that size."""
+    """[B, C, *size] of [B, C, H, W] that cover the same square, bilinear; `x` itself where it has that size."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
@@ -37,15 +37,19 @@ class Projection(Resize):
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels),
-                         nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
 
 
 def decoder(student: int, teacher: int, config: AdapterConfig) -> nn.Module:
     """X³KD's small decoder to the sparse activations of the teacher, which end in a ReLU (sizes are ours)."""
     width = config.width or teacher
-    return nn.Sequential(conv_bn_relu(student, width), conv_bn_relu(width, width), nn.Conv2d(width, teacher, 1),
-                         nn.ReLU())
+    return nn.Sequential(
+        conv_bn_relu(student, width), conv_bn_relu(width, width), nn.Conv2d(width, teacher, 1), nn.ReLU()
+    )
 
 
 def same_width(kind: str) -> Callable[[int, int, AdapterConfig], None]:
@@ -53,8 +57,10 @@ def same_width(kind: str) -> Callable[[int, int, AdapterConfig], None]:
 
     def check(student: int, teacher: int, _: AdapterConfig) -> None:
         if student != teacher:
-            raise ValueError(f"adapter '{kind}' keeps the student's {student} channels, the teacher's tap has "
-                             f"{teacher}: use conv1x1, conv3x3bnrelu, projection or decoder")
+            raise ValueError(
+                f"adapter '{kind}' keeps the student's {student} channels, the teacher's tap has "
+                f"{teacher}: use conv1x1, conv3x3bnrelu, projection or decoder"
+            )
 
     return check
 

@@ -39,7 +39,7 @@ class _Reverse(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor, factor: float) -> Tensor:
-    """``x``; its gradient is multiplied by ``-factor``."""
+    """`x`; its gradient is multiplied by `-factor`."""
     return _Reverse.apply(x, factor)
 
 
@@ -60,9 +60,12 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(
-            spectral_norm(nn.Conv2d(channels, width, 1)), nn.LeakyReLU(0.2),
-            spectral_norm(nn.Conv2d(width, width, 3, stride=2, padding=1)), nn.LeakyReLU(0.2),
-            spectral_norm(nn.Conv2d(width, width, 3, stride=2, padding=1)), nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(channels, width, 1)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(width, width, 3, stride=2, padding=1)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(width, width, 3, stride=2, padding=1)),
+            nn.LeakyReLU(0.2),
             spectral_norm(nn.Conv2d(width, 1, 1)),
         )
 
@@ -71,7 +74,7 @@ class AdversarialTerm(Term):
     """Binary cross-entropy of a discriminator between the student's projected map and the teacher's.
 
     The teacher's map is divided by its standard deviation per channel. The projection ends in a ReLU, as teachers'
-    maps do, or negative values would tell the maps apart. Cells that ``<tap>.valid`` leaves out are zero in both, or
+    maps do, or negative values would tell the maps apart. Cells that `<tap>.valid` leaves out are zero in both, or
     the edge of what is known would.
     """
 
@@ -88,12 +91,14 @@ class AdversarialTerm(Term):
         self.register_buffer("std", channel_scale(std, teacher_channels, config.teacher))
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
-        """See :class:`Term`; watches the discriminator's ``accuracy`` (0.5: it cannot tell) and the factor ``grl``."""
+        """See `Term`; watches the discriminator's `accuracy` (0.5: it cannot tell) and the factor `grl`."""
         target = teacher[self.config.teacher].detach().float()
         source = self.project(student.taps[self.config.student]).float()
         if source.shape != target.shape:
-            raise ValueError(f"student tap '{self.config.student}' is {list(source.shape)} after its projection, "
-                             f"'{self.config.teacher}' {list(target.shape)}: choose taps on one grid")
+            raise ValueError(
+                f"student tap '{self.config.student}' is {list(source.shape)} after its projection, "
+                f"'{self.config.teacher}' {list(target.shape)}: choose taps on one grid"
+            )
         valid = valid_cells(teacher, self.config.teacher, target)
         factor = ramp(self._since_start(progress))
         both = torch.cat([reverse_gradient(source * valid, factor), target / self.std * valid])

@@ -15,9 +15,9 @@ def quality_focal(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def soft_gaussian_focal(logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
-    """CenterNet's focal loss whose positives are the cells of ``peak``, weighted by their soft target.
+    """CenterNet's focal loss whose positives are the cells of `peak`, weighted by their soft target.
 
-    Unlike :func:`quality_focal` it pulls peaks towards 1, not towards the teacher's score.
+    Unlike `quality_focal` it pulls peaks towards 1, not towards the teacher's score.
     """
     p = logits.sigmoid()
     positive = -target * (1 - p) ** 2 * F.logsigmoid(logits)

@@ -20,7 +20,7 @@ from models.layers.roi_align import RoIAlign
 from models.ports import Batch, Prediction
 
 WIDTH = 64
-"""Channels of the pyramid and the heads where ``adapter.width`` is not set."""
+"""Channels of the pyramid and the heads where `adapter.width` is not set."""
 LEVELS = (0.5, 1, 2, 4)
 """Strides of the pyramid, in strides of the student's map."""
 ANCHOR = 3.0
@@ -57,7 +57,7 @@ class Pyramid(nn.Module):
         self.lateral = nn.Conv2d(channels, width, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps [B, width, h, w] of the strides ``LEVELS``, of a map [B, channels, H, W]."""
+        """Maps [B, width, h, w] of the strides `LEVELS`, of a map [B, channels, H, W]."""
         same = self.lateral(x)
         half = F.max_pool2d(same, 2, ceil_mode=True)
         return F.interpolate(same, scale_factor=2), same, half, F.max_pool2d(half, 2, ceil_mode=True)
@@ -71,7 +71,7 @@ class InstanceTerm(Term):
     threshold adds nothing: the teacher may have been unsure of what is there.
 
     Args:
-        config: of the term; ``adapter.width`` are the channels of pyramid and heads.
+        config: of the term; `adapter.width` are the channels of pyramid and heads.
         channels: of the student's tap.
         stride: pixels per cell of the student's tap.
         classes: of the teacher's instances.
@@ -100,12 +100,14 @@ class InstanceTerm(Term):
         initialise(self.rpn_head, self.roi_head)
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
-        """See :class:`Term`; the teacher's instances are a list over samples of lists over cameras."""
+        """See `Term`; the teacher's instances are a list over samples of lists over cameras."""
         maps = student.taps[self.config.student].flatten(0, 1)
         size = (batch.images.shape[-2], batch.images.shape[-1])
         if (maps.shape[-2] * self.stride, maps.shape[-1] * self.stride) != size:
-            raise ValueError(f"student tap '{self.config.student}' is {list(maps.shape[-2:])} for images {list(size)}: "
-                             f"stride {self.stride} does not describe it")
+            raise ValueError(
+                f"student tap '{self.config.student}' is {list(maps.shape[-2:])} for images {list(size)}: "
+                f"stride {self.stride} does not describe it"
+            )
         images = [self.choose(camera) for cameras in teacher[self.config.teacher] for camera in cameras]
         if len(images) != len(maps):
             raise ValueError(f"'{self.config.teacher}' has instances of {len(images)} images, the batch {len(maps)}")
@@ -123,21 +125,30 @@ class InstanceTerm(Term):
 
     def losses(self, maps: Tensor, images: Sequence[Instances], size: tuple[int, int]) -> dict[str, Tensor]:
         """Mask R-CNN's losses by name, of the student's maps [M, C, h, w]."""
-        found = two_stage_losses(self.rpn_head, self.roi_head, self.pyramid(maps), training_samples(images, size),
-                                 PROPOSALS)
+        found = two_stage_losses(
+            self.rpn_head, self.roi_head, self.pyramid(maps), training_samples(images, size), PROPOSALS
+        )
         return {name.replace("loss_", ""): value for name, value in found.items()}
 
 
 def rpn_config(width: int, strides: Sequence[int]) -> ConfigDict:
     """mmdet's config of the region proposal head."""
     return ConfigDict(
-        type="RPNHead", in_channels=width, feat_channels=width // 2,
+        type="RPNHead",
+        in_channels=width,
+        feat_channels=width // 2,
         anchor_generator={"type": "AnchorGenerator", "scales": [ANCHOR], "ratios": [1.0], "strides": list(strides)},
         bbox_coder={"type": "DeltaXYWHBBoxCoder"},
-        loss_cls={"type": "CrossEntropyLoss", "use_sigmoid": True}, loss_bbox={"type": "L1Loss"},
-        train_cfg={"assigner": assigner(0.5, 0.3, 0.3), "sampler": sampler("rpn", 0.5, truth=False),
-                   "allowed_border": -1, "pos_weight": -1},
-        test_cfg=PROPOSALS)
+        loss_cls={"type": "CrossEntropyLoss", "use_sigmoid": True},
+        loss_bbox={"type": "L1Loss"},
+        train_cfg={
+            "assigner": assigner(0.5, 0.3, 0.3),
+            "sampler": sampler("rpn", 0.5, truth=False),
+            "allowed_border": -1,
+            "pos_weight": -1,
+        },
+        test_cfg=PROPOSALS,
+    )
 
 
 def roi_config(width: int, strides: Sequence[int], classes: int) -> ConfigDict:
@@ -145,30 +156,58 @@ def roi_config(width: int, strides: Sequence[int], classes: int) -> ConfigDict:
     return ConfigDict(
         type="StandardRoIHead",
         bbox_roi_extractor=extractor(width, strides, 7),
-        bbox_head={"type": "Shared2FCBBoxHead", "in_channels": width, "fc_out_channels": 2 * width,
-                   "roi_feat_size": 7, "num_classes": classes, "reg_class_agnostic": True,
-                   "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]},
-                   "loss_cls": {"type": "CrossEntropyLoss"}, "loss_bbox": {"type": "L1Loss"}},
+        bbox_head={
+            "type": "Shared2FCBBoxHead",
+            "in_channels": width,
+            "fc_out_channels": 2 * width,
+            "roi_feat_size": 7,
+            "num_classes": classes,
+            "reg_class_agnostic": True,
+            "bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": [0.1, 0.1, 0.2, 0.2]},
+            "loss_cls": {"type": "CrossEntropyLoss"},
+            "loss_bbox": {"type": "L1Loss"},
+        },
         mask_roi_extractor=extractor(width, strides, MASK // 2),
-        mask_head={"type": "FCNMaskHead", "num_convs": 1, "in_channels": width, "conv_out_channels": width,
-                   "num_classes": classes},
-        train_cfg={"assigner": assigner(0.5, 0.5, 0.5), "sampler": sampler("rcnn", 0.25, truth=True),
-                   "mask_size": MASK, "pos_weight": -1},
-        test_cfg=None)
+        mask_head={
+            "type": "FCNMaskHead",
+            "num_convs": 1,
+            "in_channels": width,
+            "conv_out_channels": width,
+            "num_classes": classes,
+        },
+        train_cfg={
+            "assigner": assigner(0.5, 0.5, 0.5),
+            "sampler": sampler("rcnn", 0.25, truth=True),
+            "mask_size": MASK,
+            "pos_weight": -1,
+        },
+        test_cfg=None,
+    )
 
 
 def extractor(width: int, strides: Sequence[int], side: int) -> dict[str, Any]:
     """Features of a box as side x side cells, from the level that fits its size."""
-    return {"type": "SingleRoIExtractor", "roi_layer": {"type": RoIAlign, "output_size": side, "sampling_ratio": 1},
-            "out_channels": width, "featmap_strides": list(strides), "finest_scale": 7 * strides[0]}
+    return {
+        "type": "SingleRoIExtractor",
+        "roi_layer": {"type": RoIAlign, "output_size": side, "sampling_ratio": 1},
+        "out_channels": width,
+        "featmap_strides": list(strides),
+        "finest_scale": 7 * strides[0],
+    }
 
 
 def assigner(positive: float, negative: float, least: float) -> dict[str, Any]:
     """Which boxes count as an instance, by overlap."""
-    return {"type": "MaxIoUAssigner", "pos_iou_thr": positive, "neg_iou_thr": negative, "min_pos_iou": least,
-            "match_low_quality": True, "ignore_iof_thr": -1}
+    return {
+        "type": "MaxIoUAssigner",
+        "pos_iou_thr": positive,
+        "neg_iou_thr": negative,
+        "min_pos_iou": least,
+        "match_low_quality": True,
+        "ignore_iof_thr": -1,
+    }
 
 
 def sampler(part: str, positive: float, *, truth: bool) -> dict[str, Any]:
-    """A random choice of boxes with a share of positives; ``truth`` adds the instances' own boxes."""
+    """A random choice of boxes with a share of positives; `truth` adds the instances' own boxes."""
     return {"type": "RandomSampler", "num": SAMPLED[part], "pos_fraction": positive, "add_gt_as_proposals": truth}

@@ -1,6 +1,6 @@
 """Masks of dense terms: weights [B, 1, H, W] of the cells, by which a term sums its distances.
 
-Counts of cells are those of all processes, see :mod:`models.layers.processes`.
+Counts of cells are those of all processes, see `models.layers.processes`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.layers.processes import divisor
 from models.ports import Batch
 
 CLIP = 20.0
-"""Largest weight that ``phi_softmax`` gives a cell where ``mask.clip`` is not set; their mean is 1 before."""
+"""Largest weight that `phi_softmax` gives a cell where `mask.clip` is not set; their mean is 1 before."""
 
 
 class MaskInput(NamedTuple):
@@ -32,7 +32,7 @@ class MaskInput(NamedTuple):
     targets: TargetEncoder
     config: MaskConfig
     scores: Tensor | None = None
-    """[B, 1, h, w] best score of the teacher's head at each of its cells, for ``phi_softmax``."""
+    """[B, 1, h, w] best score of the teacher's head at each of its cells, for `phi_softmax`."""
 
 
 def mean_over(cells: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ POSITIVE = 0.1
 class OutputTerm(Term):
     """What the two readings share.
 
-    ``gfl`` and ``qfl`` compare heatmaps; ``sl1``, ``l1`` and ``l2`` the ten regression values, weighted by the
-    teacher's score unless the mask says ``weighted: false``. What does not pass the mask's threshold is background.
+    `gfl` and `qfl` compare heatmaps; `sl1`, `l1` and `l2` the ten regression values, weighted by the
+    teacher's score unless the mask says `weighted: false`. What does not pass the mask's threshold is background.
     """
 
     distances: tuple[str, ...] = (*ELEMENTWISE, "gfl", "qfl")
@@ -39,17 +39,21 @@ class OutputTerm(Term):
     def __init__(self, config: TermConfig, targets: TargetEncoder) -> None:
         super().__init__(config)
         if config.student != "head":
-            raise ValueError(f"a teacher's output compares with the student's head, not with its tap "
-                             f"'{config.student}'")
+            raise ValueError(
+                f"a teacher's output compares with the student's head, not with its tap '{config.student}'"
+            )
         if config.adapter.kind != "id":
             raise ValueError(f"adapter '{config.adapter.kind}' does not apply to outputs: use id")
         if config.distance not in self.distances:
-            raise ValueError(f"distance '{config.distance}' does not apply to outputs: use one of "
-                             f"{', '.join(self.distances)}")
+            raise ValueError(
+                f"distance '{config.distance}' does not apply to outputs: use one of {', '.join(self.distances)}"
+            )
         masks = self.masks(config.distance)
         if config.mask.kind not in masks:
-            raise ValueError(f"mask '{config.mask.kind}' does not apply to outputs with distance {config.distance}: "
-                             f"use {' or '.join(masks)}")
+            raise ValueError(
+                f"mask '{config.mask.kind}' does not apply to outputs with distance {config.distance}: "
+                f"use {' or '.join(masks)}"
+            )
         self.targets = targets
         self.code_weights = config.code_weights or (1.0,) * CODE_SIZE
         self.threshold = config.mask.threshold if config.mask.kind == "teacher_conf" else 0.0
@@ -59,7 +63,7 @@ class OutputTerm(Term):
         return ("none", "teacher_conf")
 
     def classification(self, logits: Tensor, target: Tensor, peak: Tensor) -> Tensor:
-        """Focal loss [B, C, H, W] of heatmap logits against scores; ``peak`` marks the positives of ``gfl``."""
+        """Focal loss [B, C, H, W] of heatmap logits against scores; `peak` marks the positives of `gfl`."""
         if self.config.distance == "qfl":
             return quality_focal(logits, target)
         return soft_gaussian_focal(logits, target, peak)
@@ -81,7 +85,7 @@ class BoxTerm(OutputTerm):
     """
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
-        """See :class:`Term`; the teacher's boxes are a list of [K, 11]: box, score, label."""
+        """See `Term`; the teacher's boxes are a list of [K, 11]: box, score, label."""
         samples = [boxes.detach()[boxes[:, 9] > self.threshold] for boxes in teacher[self.config.teacher]]
         found = [s[:, :10] for s in samples], [s[:, 10] for s in samples]
         boxes, labels, sample, encoded = on_grid(self.targets, *found)
@@ -95,8 +99,9 @@ class BoxTerm(OutputTerm):
         loss = self.classification(_heatmaps(student.head), heat, peak.view_as(heat))
         return Outcome(loss.sum() / divisor(score.new_tensor(len(score))))
 
-    def _regression(self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor,
-                    score: Tensor) -> Tensor:
+    def _regression(
+        self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor, score: Tensor
+    ) -> Tensor:
         """Distance of the codes at the boxes' cells, averaged by weight."""
         task = torch.tensor(self.targets.task_of_class, device=labels.device)[labels]
         predicted = _codes(student.head).flatten(3)[sample, task, :, cell]
@@ -108,12 +113,12 @@ class BoxTerm(OutputTerm):
 class HeadTerm(OutputTerm):
     """From a teacher's head maps, cell by cell; they must lie on the student's grid and be of its augmented frame.
 
-    The mask says which reading: with ``teacher_conf`` X³KD's, in which a task's regression counts by its best class
-    that passes the threshold; with ``none`` (heatmaps) and ``gt_centers`` (regression at the true boxes' centres)
+    The mask says which reading: with `teacher_conf` X³KD's, in which a task's regression counts by its best class
+    that passes the threshold; with `none` (heatmaps) and `gt_centers` (regression at the true boxes' centres)
     SimDistill's MMD-P, in which each task has its own normaliser and the tasks' losses are summed; with those of
-    ``PILLARS`` our reconstruction of Structured KD's response per pillar, a mean weighted cell by cell.
+    `PILLARS` our reconstruction of Structured KD's response per pillar, a mean weighted cell by cell.
 
-    ``kl`` is plain logit distillation: the divergence of the scores, summed over classes, mean over cells.
+    `kl` is plain logit distillation: the divergence of the scores, summed over classes, mean over cells.
     """
 
     distances = (*OutputTerm.distances, "kl")
@@ -128,7 +133,7 @@ class HeadTerm(OutputTerm):
         return known.get(distance, ("teacher_conf", "gt_centers", *PILLARS))
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
-        """See :class:`Term`; the teacher's map is [B, sum of the head's channels, H, W] as ``head_map`` makes it."""
+        """See `Term`; the teacher's map is [B, sum of the head's channels, H, W] as `head_map` makes it."""
         maps = teacher[self.config.teacher].detach().float()
         head = self._as_head(maps, student.head)
         valid = valid_cells(teacher, self.config.teacher, maps)
@@ -152,11 +157,15 @@ class HeadTerm(OutputTerm):
         own = next(iter(layout[0].values())).shape
         expected = (own[0], sum(map(sum, sizes)), *own[2:])
         if maps.shape != expected:
-            raise ValueError(f"'{self.config.teacher}' is {list(maps.shape)}, the student's head {list(expected)}: "
-                             "head maps are compared on one grid")
+            raise ValueError(
+                f"'{self.config.teacher}' is {list(maps.shape)}, the student's head {list(expected)}: "
+                "head maps are compared on one grid"
+            )
         tasks = maps.split([sum(task) for task in sizes], dim=1)
-        return [dict(zip(task, part.split(size, dim=1), strict=True))
-                for task, part, size in zip(layout, tasks, sizes, strict=True)]
+        return [
+            dict(zip(task, part.split(size, dim=1), strict=True))
+            for task, part, size in zip(layout, tasks, sizes, strict=True)
+        ]
 
     def _of_pillars(self, student: Prediction, head: list[dict[str, Tensor]], score: Tensor) -> Tensor:
         """Loss [B, 1, H, W] of each cell.
@@ -207,8 +216,9 @@ class HeadTerm(OutputTerm):
         return (distance / divisor(counts.sum(0))).sum()
 
 
-def on_grid(targets: TargetEncoder, boxes: Sequence[Tensor],
-            labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, EncodedBoxes]:
+def on_grid(
+    targets: TargetEncoder, boxes: Sequence[Tensor], labels: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, EncodedBoxes]:
     """Of boxes and labels by sample those whose centres lie on the grid: boxes, labels, sample numbers, encoded."""
     flat, label, sample = flatten_boxes(boxes, labels)
     encoded = targets.encode(flat, label)

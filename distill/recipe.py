@@ -29,23 +29,31 @@ class Recipe(nn.Module):
         terms: term configs by name.
         targets: the student's target encoder.
         student_channels: channels of the student's taps.
-        teacher_channels: channels of the teachers' dense taps, by ``<teacher>.<tap>``.
+        teacher_channels: channels of the teachers' dense taps, by `<teacher>.<tap>`.
         statistics: standard deviation per channel [C] of the teachers' dense taps; 1 where absent.
-        stride: pixels per cell of the student's tap ``pv``; terms in the image need it.
+        stride: pixels per cell of the student's tap `pv`; terms in the image need it.
 
     Raises:
         ValueError: naming the term and what does not fit.
     """
 
-    def __init__(self, terms: Mapping[str, TermConfig], targets: TargetEncoder, student_channels: Mapping[str, int],
-                 teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor] | None = None, *,
-                 stride: int | None = None) -> None:
+    def __init__(
+        self,
+        terms: Mapping[str, TermConfig],
+        targets: TargetEncoder,
+        student_channels: Mapping[str, int],
+        teacher_channels: Mapping[str, int],
+        statistics: Mapping[str, Tensor] | None = None,
+        *,
+        stride: int | None = None,
+    ) -> None:
         super().__init__()
         self.terms: dict[str, Term] = {}
         for name, config in terms.items():
             try:
-                self.terms[name] = build_term(config, targets, student_channels, teacher_channels, statistics or {},
-                                              stride)
+                self.terms[name] = build_term(
+                    config, targets, student_channels, teacher_channels, statistics or {}, stride
+                )
             except ValueError as error:
                 raise ValueError(f"term '{name}': {error}") from error
         # A list, because a ModuleDict refuses names that modules have as attributes ("double", "type").
@@ -58,20 +66,21 @@ class Recipe(nn.Module):
 
     @property
     def teacher_taps(self) -> set[str]:
-        """``<teacher>.<tap>`` that the batch must hold."""
+        """`<teacher>.<tap>` that the batch must hold."""
         return {tap for term in self.terms.values() for tap in term.config.teacher_taps}
 
-    def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch,
-                progress: float) -> dict[str, Tensor]:
-        """Weighted losses by term, and as ``watch/<term>/<what>`` what a term gives to look at.
+    def forward(
+        self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float
+    ) -> dict[str, Tensor]:
+        """Weighted losses by term, and as `watch/<term>/<what>` what a term gives to look at.
 
         A term that has not started is computed with weight 0, so that the same parameters take part in every step.
 
         Args:
-            student: the student's prediction with ``student_taps``.
-            teacher: outputs by ``<teacher>.<tap>`` in the batch's augmented frame; ``boxes`` a list of [K, 11] (box,
-                score, label), ``inst2d`` per sample and camera its instances, maps [B, C, H, W], with
-                ``<teacher>.<tap>.valid`` bool [B, 1, H, W] where warped.
+            student: the student's prediction with `student_taps`.
+            teacher: outputs by `<teacher>.<tap>` in the batch's augmented frame; `boxes` a list of [K, 11] (box,
+                score, label), `inst2d` per sample and camera its instances, maps [B, C, H, W], with
+                `<teacher>.<tap>.valid` bool [B, 1, H, W] where warped.
             batch: the student's batch.
             progress: fraction of training done, 0 to 1.
 
@@ -90,8 +99,14 @@ class Recipe(nn.Module):
         return losses
 
 
-def build_term(config: TermConfig, targets: TargetEncoder, student_channels: Mapping[str, int],
-               teacher_channels: Mapping[str, int], statistics: Mapping[str, Tensor], stride: int | None) -> Term:
+def build_term(
+    config: TermConfig,
+    targets: TargetEncoder,
+    student_channels: Mapping[str, int],
+    teacher_channels: Mapping[str, int],
+    statistics: Mapping[str, Tensor],
+    stride: int | None,
+) -> Term:
     """The term of a config: by its distance where that has a model of its own, else by the teacher's tap."""
     tap = config.teacher.partition(".")[2]
     if config.distance == "maskrcnn":

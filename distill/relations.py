@@ -59,15 +59,19 @@ class RelationTerm(Term):
         if config.mask.kind != self.mask:
             raise ValueError(f"mask '{config.mask.kind}' does not apply to {config.distance}: use {self.mask}")
         if config.adapter.kind != "id":
-            raise ValueError(f"adapter '{config.adapter.kind}' does not apply to {config.distance}, which needs no "
-                             "common width: use id")
+            raise ValueError(
+                f"adapter '{config.adapter.kind}' does not apply to {config.distance}, which needs no "
+                "common width: use id"
+            )
         if self.tap is not None and (config.student, config.teacher) != (self.tap, config.beside(self.tap)):
-            raise ValueError(f"{config.distance} does not compare '{config.student}' with '{config.teacher}': use "
-                             f"'{self.tap}' of both")
+            raise ValueError(
+                f"{config.distance} does not compare '{config.student}' with '{config.teacher}': use "
+                f"'{self.tap}' of both"
+            )
         self.targets = targets
 
     def forward(self, student: Prediction, teacher: Mapping[str, Any], batch: Batch, progress: float) -> Outcome:
-        """See :class:`Term`."""
+        """See `Term`."""
         ours, theirs = student.taps[self.config.student], self.config.teacher
         with torch.autocast(ours.device.type, enabled=False):
             return Outcome(self.loss(on_one_grid(ours, teacher, theirs), student, teacher, batch))
@@ -90,7 +94,7 @@ class SpatialTerm(RelationTerm):
     tap = "bev_view"
 
     def loss(self, maps: Pair, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`RelationTerm`."""
+        """See `RelationTerm`."""
         cameras, size = batch.images.shape[2], maps.teacher.shape[-1]
         visible = seen(self._centers(size, maps.teacher.device), self._heights(), batch) & maps.valid
         pairs = visible.unsqueeze(1) & visible.unsqueeze(2)
@@ -120,19 +124,23 @@ class TemporalTerm(RelationTerm):
 
     @property
     def student_taps(self) -> set[str]:
-        """See :class:`Term`."""
+        """See `Term`."""
         return super().student_taps | {"bev_prev"}
 
     def loss(self, maps: Pair, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`RelationTerm`."""
+        """See `RelationTerm`."""
         before = on_one_grid(student.taps["bev_prev"], teacher, self.config.beside("bev_prev"))
         if before.teacher.shape != maps.teacher.shape:
-            raise ValueError(f"'{self.config.beside('bev_prev')}' is {list(before.teacher.shape)}, "
-                             f"'{self.config.teacher}' {list(maps.teacher.shape)}: both keyframes need one grid")
+            raise ValueError(
+                f"'{self.config.beside('bev_prev')}' is {list(before.teacher.shape)}, "
+                f"'{self.config.teacher}' {list(maps.teacher.shape)}: both keyframes need one grid"
+            )
         known = torch.cat(neighbours(before.valid), dim=1)
         cells = maps.valid & known.any(1, keepdim=True) & batch.has_previous.view(-1, 1, 1, 1)
-        ours, theirs = (time_relations(current, previous).div(TEMPERATURE).masked_fill(~known, OUTSIDE).log_softmax(1)
-                        for current, previous in ((maps.student, before.student), (maps.teacher, before.teacher)))
+        ours, theirs = (
+            time_relations(current, previous).div(TEMPERATURE).masked_fill(~known, OUTSIDE).log_softmax(1)
+            for current, previous in ((maps.student, before.student), (maps.teacher, before.teacher))
+        )
         divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1, keepdim=True)
         return (divergence * mean_over(cells.float())).sum()
 
@@ -145,7 +153,7 @@ class AttentionTerm(RelationTerm):
     """
 
     def loss(self, maps: Pair, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`RelationTerm`."""
+        """See `RelationTerm`."""
         ours, theirs = (unit((values.square().mean(1, keepdim=True) * maps.valid).flatten(1)) for values in maps[:2])
         return (ours - theirs).square().sum(1).mean()
 
@@ -158,7 +166,7 @@ class SimilarityTerm(RelationTerm):
     """
 
     def loss(self, maps: Pair, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
-        """See :class:`RelationTerm`."""
+        """See `RelationTerm`."""
         samples = ((values * maps.valid).flatten(1) for values in maps[:2])
         ours, theirs = (unit(values @ values.mT) for values in samples)
         return (ours - theirs).square().mean()

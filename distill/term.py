@@ -39,8 +39,8 @@ class Term(nn.Module, ABC):
         """The loss; no gradient reaches the teacher's outputs.
 
         Args:
-            student: the student's prediction with ``student_taps``.
-            teacher: outputs by ``<teacher>.<tap>`` in the batch's augmented frame.
+            student: the student's prediction with `student_taps`.
+            teacher: outputs by `<teacher>.<tap>` in the batch's augmented frame.
             batch: the student's batch.
             progress: fraction of training done, 0 to 1.
         """

@@ -1,4 +1,4 @@
-"""What a distillation term is made of: the typed config of an entry of ``terms`` in params.yaml."""
+"""What a distillation term is made of: the typed config of an entry of `terms` in params.yaml."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class MaskConfig(Strict):
     """Where a term looks."""
 
     kind: str = "none"
-    """For dense maps a name in ``masks.MASKS``; what other terms take is in docs/models.md."""
+    """For dense maps a name in `masks.MASKS`; what other terms take is in docs/models.md."""
     threshold: float = Field(default=0.3, ge=0, le=1)
-    """``teacher_conf``: score above which a teacher's box, head cell or instance counts."""
+    """`teacher_conf`: score above which a teacher's box, head cell or instance counts."""
     weighted: bool = True
     """Whether regression from a teacher's boxes or head maps is weighted by the teacher's score."""
     clip: float | None = Field(default=None, gt=0)
-    """Largest weight of a cell: of ``gt_gauss`` (default unbounded), of ``phi_softmax`` (default ``masks.CLIP``)."""
+    """Largest weight of a cell: of `gt_gauss` (default unbounded), of `phi_softmax` (default `masks.CLIP`)."""
     temperature: float = Field(default=0.1, gt=0)
-    """``phi_softmax``: of the softmax over the cells' scores."""
+    """`phi_softmax`: of the softmax over the cells' scores."""
 
 
 class AdapterConfig(Strict):
     """How a student's map is brought to the teacher's width; trained with the student, never exported."""
 
     kind: str = "id"
-    """For dense maps a name in ``adapters.ADAPTERS``; ``grl_disc`` for ``bce_adv``, ``mask_rcnn`` for ``maskrcnn``."""
+    """For dense maps a name in `adapters.ADAPTERS`; `grl_disc` for `bce_adv`, `mask_rcnn` for `maskrcnn`."""
     width: int | None = Field(default=None, gt=0)
-    """Hidden channels of ``decoder`` (default the teacher's), of the discriminator or of the instance heads."""
+    """Hidden channels of `decoder` (default the teacher's), of the discriminator or of the instance heads."""
 
 
 class TermConfig(Strict):
@@ -43,30 +43,31 @@ class TermConfig(Strict):
     student: str
     """Tap of the student."""
     teacher: str
-    """``<teacher>.<tap>``."""
+    """`<teacher>.<tap>`."""
     mask: MaskConfig = MaskConfig()
     adapter: AdapterConfig = AdapterConfig()
-    distance: Literal["l1", "l2", "sl1", "gfl", "qfl", "kl", "cos_rel", "kl_rel", "attention", "similarity", "bce_adv",
-                      "maskrcnn"]
+    distance: Literal[
+        "l1", "l2", "sl1", "gfl", "qfl", "kl", "cos_rel", "kl_rel", "attention", "similarity", "bce_adv", "maskrcnn"
+    ]
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training after which the term counts."""
     normalise: bool = True
     """Dense maps: whether both are divided by the teacher's standard deviation per channel."""
     beta: float = Field(default=1.0, gt=0)
-    """``sl1``: difference below which the distance is quadratic."""
+    """`sl1`: difference below which the distance is quadratic."""
     code_weights: tuple[float, ...] | None = Field(default=None, min_length=10, max_length=10)
     """Regression into the head: factors of the ten codes' differences, inside the distance; default all 1."""
 
     @property
     def teacher_taps(self) -> frozenset[str]:
-        """``<teacher>.<tap>`` that the term reads: its own, and what its distance and its mask look at beside it."""
+        """`<teacher>.<tap>` that the term reads: its own, and what its distance and its mask look at beside it."""
         previous = {self.beside("bev_prev")} if self.distance == "kl_rel" else set()
         head = {self.beside("head")} if self.mask.kind == "phi_softmax" else set()
         return frozenset({self.teacher} | previous | head)
 
     def beside(self, tap: str) -> str:
-        """``<teacher>.<tap>`` of another tap of the term's teacher."""
+        """`<teacher>.<tap>` of another tap of the term's teacher."""
         return f"{self.teacher.partition('.')[0]}.{tap}"
 
     @model_validator(mode="after")
@@ -79,8 +80,11 @@ class TermConfig(Strict):
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> TermConfig:
         regression = self.distance in ("l1", "l2", "sl1")
-        heeded = {"normalise": regression and self.student != "head", "beta": self.distance == "sl1",
-                  "code_weights": regression and self.student == "head"}
+        heeded = {
+            "normalise": regression and self.student != "head",
+            "beta": self.distance == "sl1",
+            "code_weights": regression and self.student == "head",
+        }
         for option in sorted(self.model_fields_set & heeded.keys()):
             if not heeded[option]:
                 raise ValueError(f"{option} has no effect on {self.distance} of '{self.student}': leave it out")

@@ -77,6 +77,8 @@ def spaced(weight: Tensor, axis: int, channels: int) -> Tensor:
         ValueError: it has fewer.
     """
     if channels > weight.shape[axis]:
-        raise ValueError(f"the teacher has {weight.shape[axis]} channels, the student {channels}: a student inherits "
-                         "from one that is not narrower")
+        raise ValueError(
+            f"the teacher has {weight.shape[axis]} channels, the student {channels}: a student inherits "
+            "from one that is not narrower"
+        )
     return weight.index_select(axis, torch.arange(channels) * weight.shape[axis] // channels)

@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
     """Raw outputs of a detector."""
 
     head: list[dict[str, Tensor]]
-    """Per task: ``heatmap`` logits, ``reg``, ``height``, ``dim``, ``rot``, ``vel``, each [B, channels, H, W]."""
+    """Per task: `heatmap` logits, `reg`, `height`, `dim`, `rot`, `vel`, each [B, channels, H, W]."""
     taps: dict[str, Tensor]
     """The taps that were asked for."""
     depth: tuple[Tensor, ...] = ()
@@ -58,5 +58,5 @@ class Detections(NamedTuple):
 
 
 def head_map(head: list[dict[str, Tensor]]) -> Tensor:
-    """The ``head`` tap: all maps of all tasks in order, [B, sum of channels, H, W]."""
+    """The `head` tap: all maps of all tasks in order, [B, sum of channels, H, W]."""
     return torch.cat([task_map for task in head for task_map in task.values()], dim=1)

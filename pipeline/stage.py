@@ -106,9 +106,7 @@ def _run_here(root: Path, params: Params, spec: StageSpec, stop: Stop) -> int:
             # What an earlier command left may still be saving, on this host or another.
             stack.enter_context(_alone(scratch.parent / "work", spec.address, GRACE_SECONDS))
             tracker = stack.enter_context(_tracked(root, params, spec, scratch))
-        context = StageContext(
-            spec.name, spec.key, params, spec, root, scratch, tracker, stop, seed, rank, world_size
-        )
+        context = StageContext(spec.name, spec.key, params, spec, root, scratch, tracker, stop, seed, rank, world_size)
         module = _module(spec.name)
         _seed_all(seed)
         started = time.monotonic()

@@ -5,7 +5,7 @@ into parsing torch's headers once per file; a precompiled header parses them onc
 cores). The wheel is kept in a cache folder under a name that carries everything it depends on: mmcv, torch, Python,
 flags and GPU architecture, so a wheel built for another torch is never picked up.
 
-Usage: ``python setup/build_mmcv.py CACHE_DIR``; prints the wheel's path as its last line.
+Usage: `python setup/build_mmcv.py CACHE_DIR`; prints the wheel's path as its last line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADER_FLAGS = ["-fPIC", "-std=c++17", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DTOR
 
 
 def architecture() -> str:
-    """``cpu``, or the CUDA architecture list that the ops are built for; by default that of the machine's GPU."""
+    """`cpu`, or the CUDA architecture list that the ops are built for; by default that of the machine's GPU."""
     import torch
 
     if not for_cuda():
@@ -58,26 +58,38 @@ def require_toolchain() -> None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        sys.exit(f"setup: {header} is missing: install Python's headers "
-                 f"(Debian/Ubuntu: apt-get install python{version}-dev) and run again")
+        sys.exit(
+            f"setup: {header} is missing: install Python's headers "
+            f"(Debian/Ubuntu: apt-get install python{version}-dev) and run again"
+        )
 
 
 def precompile_header(folder: Path) -> list[str]:
-    """Precompile torch's headers in ``folder``; returns the flags that make the build use them."""
+    """Precompile torch's headers in `folder`; returns the flags that make the build use them."""
     from torch.utils.cpp_extension import include_paths
 
     header = folder / "torch_pch.h"
     header.write_text("#include <torch/types.h>\n")
     includes = [flag for path in [*include_paths("cpu"), sysconfig.get_paths()["include"]] for flag in ("-I", path)]
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *BASE_FLAGS, *HEADER_FLAGS, "-w", *includes, "-x", "c++-header", str(header),
-               "-o", f"{header}.gch"]
+    command = [
+        compiler,
+        *BASE_FLAGS,
+        *HEADER_FLAGS,
+        "-w",
+        *includes,
+        "-x",
+        "c++-header",
+        str(header),
+        "-o",
+        f"{header}.gch",
+    ]
     subprocess.run(command, check=True)
     return ["-include", str(header), "-Winvalid-pch"]
 
 
 def build(target: Path) -> None:
-    """Build the wheel into ``target``, which appears whole or not at all."""
+    """Build the wheel into `target`, which appears whole or not at all."""
     require_toolchain()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -90,9 +102,25 @@ def build(target: Path) -> None:
         }
         # Without isolation, because an isolated build has no torch and then quietly leaves the ops out.
         # Without pip's cache, because pip keys a built wheel by version alone and would reuse another torch's.
-        subprocess.run([sys.executable, "-m", "pip", "-qq", "wheel", "--no-deps", "--no-build-isolation",
-                        "--no-cache-dir", "--no-binary", "mmcv", "--wheel-dir", str(folder / "wheel"),
-                        f"mmcv=={MMCV}"], check=True, env=environment)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "-qq",
+                "wheel",
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-cache-dir",
+                "--no-binary",
+                "mmcv",
+                "--wheel-dir",
+                str(folder / "wheel"),
+                f"mmcv=={MMCV}",
+            ],
+            check=True,
+            env=environment,
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
         shutil.copytree(folder / "wheel", partial)

@@ -9,8 +9,20 @@ import warnings
 from machine import for_cuda
 from sparse_convolution import for_this_machine
 
-MODULES = ["torch", "mmcv.ops", "mmdet.models", "mmdet3d.models", "nuscenes.nuscenes", "lightning_fabric", "dvc.repo",
-           "prefect.server.api.server", "mlflow", "pyarrow", "embreex", "spconv.pytorch"]
+MODULES = [
+    "torch",
+    "mmcv.ops",
+    "mmdet.models",
+    "mmdet3d.models",
+    "nuscenes.nuscenes",
+    "lightning_fabric",
+    "dvc.repo",
+    "prefect.server.api.server",
+    "mlflow",
+    "pyarrow",
+    "embreex",
+    "spconv.pytorch",
+]
 
 
 def check_imports() -> None:
@@ -19,8 +31,9 @@ def check_imports() -> None:
         try:
             importlib.import_module(name)
         except Exception as error:
-            sys.exit(f"setup: `import {name}` failed: {error}\n"
-                     f"setup: remove the .venv folder and run `make setup` again")
+            sys.exit(
+                f"setup: `import {name}` failed: {error}\nsetup: remove the .venv folder and run `make setup` again"
+            )
 
 
 def check_sparse_convolution() -> None:
@@ -33,9 +46,11 @@ def check_sparse_convolution() -> None:
     try:
         _compare_with_dense("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:
-        sys.exit(f"setup: the sparse convolution does not work on this machine: {error}\n"
-                 f"setup: {' '.join(for_this_machine())} should: run `python setup/sparse_convolution.py` in the "
-                 "environment, and setup/check.py again")
+        sys.exit(
+            f"setup: the sparse convolution does not work on this machine: {error}\n"
+            f"setup: {' '.join(for_this_machine())} should: run `python setup/sparse_convolution.py` in the "
+            "environment, and setup/check.py again"
+        )
 
 
 def _compare_with_dense(device: str) -> None:

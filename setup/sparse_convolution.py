@@ -2,7 +2,7 @@
 
 torch says what fits: its own CUDA version counts, because its packages bring that CUDA's libraries.
 
-Usage: ``python setup/sparse_convolution.py``, after torch and the lock.
+Usage: `python setup/sparse_convolution.py`, after torch and the lock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAMILY = re.compile(r"(spconv|cumm)(-cu\d+|-triton)?")
 
 
 def requirements(cuda: str | None) -> list[str]:
-    """The packages for a CUDA version such as ``12.8``; None: for a CPU.
+    """The packages for a CUDA version such as `12.8`; None: for a CPU.
 
     A wheel for CUDA 12.6 runs with any later 12.x, as CUDA's minor versions are compatible. For CUDA 13 spconv has no
     wheels, and spconv-triton is a translation of it to Triton, which torch brings along.
@@ -41,8 +41,10 @@ def requirements(cuda: str | None) -> list[str]:
     fitting = [wheel for wheel in WHEELS if wheel[0] == major and wheel[1] <= minor]
     if not fitting:
         known = ", ".join(f"{major}.{minor}" for major, minor in WHEELS)
-        sys.exit(f"setup: torch is for CUDA {cuda}, and no sparse convolution is: install a torch for CUDA {known}, "
-                 "a later 12.x, or 13")
+        sys.exit(
+            f"setup: torch is for CUDA {cuda}, and no sparse convolution is: install a torch for CUDA {known}, "
+            "a later 12.x, or 13"
+        )
     suffix = "cu{}{}".format(*fitting[-1])
     return [f"spconv-{suffix}=={SPCONV}", f"cumm-{suffix}=={CUMM}"]
 

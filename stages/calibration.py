@@ -37,8 +37,8 @@ def errors(spec: TapSpec, calibration: Calibration, tap: str, samples: Mapping[s
     """What the encoding of a dense tap does to the teacher's values, over the cells that the store holds.
 
     Returns:
-        ``mean``: mean |decoded - original| / mean |original|; ``max_of_std``: the largest |decoded - original| of a
-        channel by that channel's standard deviation over all cells, of the worst channel; ``float16``: both for the
+        `mean`: mean |decoded - original| / mean |original|; `max_of_std`: the largest |decoded - original| of a
+        channel by that channel's standard deviation over all cells, of the worst channel; `float16`: both for the
         same values in plain float16.
     """
     encoded, plain = _Error(), _Error()

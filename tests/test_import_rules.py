@@ -70,8 +70,9 @@ def edges() -> Iterator[tuple[str, str]]:
 def modules() -> dict[str, Path]:
     """Every module of the project."""
     files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
-    return {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
-            for path in files}
+    return {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in files
+    }
 
 
 def within(module: str, room: str) -> bool:
@@ -131,8 +132,11 @@ def test_the_rooms_below_know_no_engine(engine: str) -> None:
 
 
 def test_the_control_plane_imports_nothing_slow() -> None:
-    names = [name for name in modules() if any(within(name, room) for room in CONTROL_PLANE)
-             and not any(within(name, late) for late in NOT_AT_ONCE)]
+    names = [
+        name
+        for name in modules()
+        if any(within(name, room) for room in CONTROL_PLANE) and not any(within(name, late) for late in NOT_AT_ONCE)
+    ]
     code = f"import sys, {', '.join(names)}; print([name for name in {SLOW} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"

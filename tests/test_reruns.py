@@ -92,9 +92,13 @@ def row_of(file: str) -> str | None:
     return max((path for path in table() if f"{file}/".startswith(f"{path}/")), key=len, default=None)
 
 
-FILES = [file for file in subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *ROOMS], cwd=ROOT,
-                                         capture_output=True, text=True, check=True).stdout.splitlines()
-         if file.endswith((".py", ".html"))]
+FILES = [
+    file
+    for file in subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *ROOMS], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if file.endswith((".py", ".html"))
+]
 
 
 def test_every_row_is_of_a_file() -> None:

@@ -38,8 +38,12 @@ def imports(path: Path) -> frozenset[Path]:
     """Our modules that a file imports at run time, wherever in the file."""
     found: set[Path] = set()
     tree = ast.parse(path.read_text())
-    typing_only = {child for node in ast.walk(tree) if isinstance(node, ast.If)
-                   and ast.unparse(node.test) == "TYPE_CHECKING" for child in ast.walk(node)}
+    typing_only = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if node in typing_only:
             continue

@@ -357,9 +357,7 @@ def draw_map(
     return _render(figure)
 
 
-def draw_strength(
-    strength: NDArray[np.float32], extent: float, shown: Boxes, title: str, side: int = _BEV
-) -> Picture:
+def draw_strength(strength: NDArray[np.float32], extent: float, shown: Boxes, title: str, side: int = _BEV) -> Picture:
     """How strong a feature map is in each cell, from dark to the white of its 99th percentile, with outlines of boxes.
 
     Args:

@@ -79,8 +79,8 @@ class InstanceTruth:
         """COCO's metrics of `results` over all images of the JSON.
 
         Returns:
-            ``bbox`` and ``mask``: the keys of SUMMARY. ``classes``: by class the number of annotations as ``truth``,
-            and again ``bbox`` and ``mask`` with AP and AP50. What has no truth is None and counts in no mean.
+            `bbox` and `mask`: the keys of SUMMARY. `classes`: by class the number of annotations as `truth`,
+            and again `bbox` and `mask` with AP and AP50. What has no truth is None and counts in no mean.
         """
         found = list(results)
         evaluations = {kind: self._evaluate(found, *words) for kind, words in KINDS.items()}

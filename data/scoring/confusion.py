@@ -78,9 +78,7 @@ def _best_first(found: SampleDetections, score: float) -> tuple[Float64, NDArray
     return np.asarray(found.boxes, dtype=np.float64)[order], np.asarray(found.labels, dtype=np.int64)[order]
 
 
-def _near(
-    boxes: Float64, labels: NDArray[np.int64], ego: Float64, reach: Float64
-) -> tuple[Float64, NDArray[np.int64]]:
+def _near(boxes: Float64, labels: NDArray[np.int64], ego: Float64, reach: Float64) -> tuple[Float64, NDArray[np.int64]]:
     """Centres [N, 2] and labels [N] of the boxes inside their class's range around the vehicle."""
     inside = np.linalg.norm(boxes[:, :2] - ego, axis=1) < reach[labels]
     return boxes[inside, :2], labels[inside]

@@ -41,44 +41,62 @@ class BEVEmbeddings(nn.Module):
     def position(self) -> Tensor:
         """Of each query, [Q * Q, C] row by row: its row's embedding, then its column's."""
         size = self.row.shape[1]
-        return torch.cat([self.row[:, :, None].expand(-1, -1, size), self.column[:, None].expand(-1, size, -1)],
-                         dim=0).flatten(1).T
+        return (
+            torch.cat([self.row[:, :, None].expand(-1, -1, size), self.column[:, None].expand(-1, size, -1)], dim=0)
+            .flatten(1)
+            .T
+        )
 
 
 @MODELS.register_module()
 class BEVFormer(CameraDetector):
     """BEVFormer-type camera detector. It predicts no depth.
 
-    At evaluation it reads ``images``, ``intrinsics``, ``image_aug``, ``lidar_SE3_cam``, ``bev_aug`` and, with frames 2,
-    ``has_previous``, nothing else.
+    At evaluation it reads `images`, `intrinsics`, `image_aug`, `lidar_SE3_cam`, `bev_aug` and, with frames 2,
+    `has_previous`, nothing else.
 
     Args:
-        grid: see :class:`~models.detectors.camera.CameraDetector`, as for all that is not named here.
+        grid: see `models.detectors.camera.CameraDetector`, as for all that is not named here.
         channels: of the queries; image features of another width come to it by a 1x1 convolution.
-        queries: along a side of the square that ``grid`` covers. The map is resized to ``grid`` bilinearly.
+        queries: along a side of the square that `grid` covers. The map is resized to `grid` bilinearly.
         layers: of the encoder.
         heads: of attention, which divide the channels.
         points: samples of a head, around a cell of either map and around each point of a pillar.
         pillar: heights of these points, metres.
         feedforward: channels between the linear layers of a layer.
-        bev_backbone: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        bev_neck: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        head: see :class:`~models.detectors.camera.CameraBEVDepth`.
+        bev_backbone: see `models.detectors.camera.CameraBEVDepth`.
+        bev_neck: see `models.detectors.camera.CameraBEVDepth`.
+        head: see `models.detectors.camera.CameraBEVDepth`.
         frames: 2 has the queries read the map of the previous keyframe, made without gradient.
-        image: see :class:`~models.detectors.camera.CameraDetector`.
+        image: see `models.detectors.camera.CameraDetector`.
 
-    Taps: ``pv``, ``bev_neck``, ``head`` as of ``CameraBEVDepth``; ``bev_lift`` [B, C, Q, Q] the encoder's output;
-    ``bev_prev`` the same of the previous frame, by its own cameras on the current frame's grid (with frames 2);
-    ``bev_view`` [B, N * C, Q, Q] what the last layer read in each camera, zero where it does not see the pillar;
-    ``bev_fused`` [B, C, H, W] ``bev_lift`` on ``grid``.
+    Taps: `pv`, `bev_neck`, `head` as of `CameraBEVDepth`; `bev_lift` [B, C, Q, Q] the encoder's output;
+    `bev_prev` the same of the previous frame, by its own cameras on the current frame's grid (with frames 2);
+    `bev_view` [B, N * C, Q, Q] what the last layer read in each camera, zero where it does not see the pillar;
+    `bev_fused` [B, C, H, W] `bev_lift` on `grid`.
     """
 
     sensors = ("images",)
 
-    def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
-                 channels: int, queries: int, layers: int, heads: int, points: int, pillar: list[float],
-                 feedforward: int, bev_backbone: dict[str, Any], bev_neck: dict[str, Any], head: dict[str, Any],
-                 frames: int = 2, image: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        image_backbone: dict[str, Any],
+        image_neck: dict[str, Any],
+        stride: int,
+        channels: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        points: int,
+        pillar: list[float],
+        feedforward: int,
+        bev_backbone: dict[str, Any],
+        bev_neck: dict[str, Any],
+        head: dict[str, Any],
+        frames: int = 2,
+        image: list[int] | None = None,
+    ) -> None:
         super().__init__(grid, image_backbone, image_neck, stride, None, image=image)
         if frames not in (1, 2):
             raise ValueError(f"BEVFormer frames {frames} must be 1, or 2 for the previous keyframe as well")
@@ -94,10 +112,11 @@ class BEVFormer(CameraDetector):
             self.tap_channels["bev_prev"] = channels
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
-        """See :class:`Detector`."""
+        """See `Detector`."""
         if batch.images.shape[1] < self.frames:
-            raise ValueError(f"BEVFormer was built for {self.frames} frames, the batch has "
-                             f"{batch.images.shape[1]}: set input.frames")
+            raise ValueError(
+                f"BEVFormer was built for {self.frames} frames, the batch has {batch.images.shape[1]}: set input.frames"
+            )
         batch = self.at_own_size(batch)
         previous = self._encode_previous(batch) if self.frames == 2 else None
         features = self.images(batch.images[:, 0])
@@ -112,7 +131,7 @@ class BEVFormer(CameraDetector):
         return self.predict(fused, (), taps, lifts)
 
     def encode(self, features: Tensor, batch: Batch, frame: int, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The encoder's output on image features [B, N, C_I, h, w] of a frame; see :class:`BEVEncoder`."""
+        """The encoder's output on image features [B, N, C_I, h, w] of a frame; see `BEVEncoder`."""
         batch_size, cameras = features.shape[:2]
         narrow = self.reduce(features.flatten(0, 1)).unflatten(0, (batch_size, cameras))
         narrow = narrow + self.embeddings.camera[:cameras, :, None, None]

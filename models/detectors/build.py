@@ -21,13 +21,15 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     """Build a detector from a config dict through the registry, with its weights initialised.
 
     Raises:
-        ValueError: if ``type`` is missing or not a detector of this project.
+        ValueError: if `type` is missing or not a detector of this project.
     """
     name = config.get("type")
     kind = MODELS.get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, Detector):
-        raise ValueError(f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
-                         "BEVFormer, BEVFusion or SimulatedFusion")
+        raise ValueError(
+            f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
+            "BEVFormer, BEVFusion or SimulatedFusion"
+        )
     detector = MODELS.build(copy.deepcopy(dict(config)))
     detector.init_weights()
     read_any_layout(detector)

@@ -30,7 +30,7 @@ CAMERAS = 6
 
 
 def view_channels(lift: LiftSplat) -> dict[str, int]:
-    """Channels of the tap ``bev_view`` of a lift; nothing where the cameras' parts do not add up to its map."""
+    """Channels of the tap `bev_view` of a lift; nothing where the cameras' parts do not add up to its map."""
     return {"bev_view": CAMERAS * lift.channels} if lift.has_views else {}
 
 
@@ -38,19 +38,27 @@ class CameraDetector(Detector):
     """What all detectors share that lift images: image encoder, BEV encoder and head, losses and decoding.
 
     Args:
-        grid: keywords of :class:`~models.layers.grid.Grid`.
-        image_backbone: see :class:`~models.layers.images.ImageEncoder`.
-        image_neck: see :class:`~models.layers.images.ImageEncoder`.
+        grid: keywords of `models.layers.grid.Grid`.
+        image_backbone: see `models.layers.images.ImageEncoder`.
+        image_neck: see `models.layers.images.ImageEncoder`.
         stride: pixels per cell of the image neck's output.
         depth_bins: [low, high, step] in metres; None: it predicts no depth.
         depth_loss_weight: 0 switches depth supervision off.
-        depth_loss_kind: see :func:`~models.layers.depth_net.depth_loss`.
+        depth_loss_kind: see `models.layers.depth_net.depth_loss`.
         image: height and width that it sees; it brings images of another size to that. None: those of the batch.
     """
 
-    def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
-                 depth_bins: list[float] | None, depth_loss_weight: float = 3.0,
-                 depth_loss_kind: Literal["bce", "ce"] = "bce", image: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        image_backbone: dict[str, Any],
+        image_neck: dict[str, Any],
+        stride: int,
+        depth_bins: list[float] | None,
+        depth_loss_weight: float = 3.0,
+        depth_loss_kind: Literal["bce", "ce"] = "bce",
+        image: list[int] | None = None,
+    ) -> None:
         super().__init__()
         if depth_loss_kind not in ("bce", "ce"):
             raise ValueError(f"{type(self).__name__} depth_loss_kind {depth_loss_kind!r} must be 'bce' or 'ce'")
@@ -65,9 +73,10 @@ class CameraDetector(Detector):
         assert self.bins is not None
         return LiftSplat(self.grid, self.images.channels, self.stride, depth_net, self.bins, downsample)
 
-    def build_bev(self, fused_channels: int, backbone: dict[str, Any], neck: dict[str, Any],
-                  head: dict[str, Any]) -> None:
-        """BEV encoder and head on a fused map; a backbone that names no ``in_channels`` gets the map's."""
+    def build_bev(
+        self, fused_channels: int, backbone: dict[str, Any], neck: dict[str, Any], head: dict[str, Any]
+    ) -> None:
+        """BEV encoder and head on a fused map; a backbone that names no `in_channels` gets the map's."""
         self.bev_backbone = MODELS.build({**backbone, "in_channels": fused_channels})
         self.bev_neck = MODELS.build(neck)
         neck_channels = total_channels(neck["out_channels"])
@@ -87,20 +96,23 @@ class CameraDetector(Detector):
         """The batch with the images, and what belongs to them, at the size that this detector sees."""
         return batch if self.image is None else resized(batch, self.image, self.stride)
 
-    def predict(self, fused: Tensor, depth: tuple[Tensor, ...], taps: Collection[str],
-                lifts: dict[str, Tensor]) -> Prediction:
+    def predict(
+        self, fused: Tensor, depth: tuple[Tensor, ...], taps: Collection[str], lifts: dict[str, Tensor]
+    ) -> Prediction:
         """The prediction on a fused map [B, C, H, W].
 
         Args:
             fused: input of the BEV encoder.
-            depth: logits of the current frame, one per lift; the first is the tap ``depth``.
+            depth: logits of the current frame, one per lift; the first is the tap `depth`.
             taps: that are asked for.
             lifts: the taps that are made before the BEV encoder.
         """
         neck = first(self.bev_neck(self.bev_backbone(fused)))
         if neck.shape[-1] != self.grid.size:
-            raise ValueError(f"{type(self).__name__}: the BEV neck's map has {neck.shape[-1]} cells a side, the grid "
-                             f"{self.grid.size}: change the strides of bev_backbone and bev_neck")
+            raise ValueError(
+                f"{type(self).__name__}: the BEV neck's map has {neck.shape[-1]} cells a side, the grid "
+                f"{self.grid.size}: change the strides of bev_backbone and bev_neck"
+            )
         head = self.head(neck)
         maps = {**lifts, "bev_fused": fused, "bev_neck": neck}
         available: dict[str, Callable[[], Tensor]] = {name: partial(maps.__getitem__, name) for name in maps}
@@ -110,7 +122,7 @@ class CameraDetector(Detector):
         return Prediction(head, self.select_taps(available, taps), depth)
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        """``heatmap``, ``box`` and, where it is weighted, ``depth``, the mean over the lifts."""
+        """`heatmap`, `box` and, where it is weighted, `depth`, the mean over the lifts."""
         losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
         if self.learns_depth:
             assert self.bins is not None
@@ -120,7 +132,7 @@ class CameraDetector(Detector):
         return losses
 
     def decode(self, prediction: Prediction) -> list[Detections]:
-        """Boxes of each sample, in the frame that ``bev_aug`` leads to."""
+        """Boxes of each sample, in the frame that `bev_aug` leads to."""
         return self.head.decode(prediction.head)
 
 
@@ -128,29 +140,41 @@ class CameraDetector(Detector):
 class CameraBEVDepth(CameraDetector):
     """BEVDepth-type camera detector.
 
-    At evaluation it reads ``images``, ``intrinsics``, ``image_aug``, ``lidar_SE3_cam`` and ``bev_aug``, with ``radar``
+    At evaluation it reads `images`, `intrinsics`, `image_aug`, `lidar_SE3_cam` and `bev_aug`, with `radar`
     the RADAR returns too, and nothing else.
 
     Args:
-        grid: see :class:`CameraDetector`, as for all that is not named here.
-        depth_net: ``mid_channels``, ``context_channels``, ``blocks`` of :class:`~models.layers.depth_net.DepthNet`.
-        bev_backbone: config of the BEV backbone; its ``in_channels`` are filled in.
+        grid: see `CameraDetector`, as for all that is not named here.
+        depth_net: `mid_channels`, `context_channels`, `blocks` of `models.layers.depth_net.DepthNet`.
+        bev_backbone: config of the BEV backbone; its `in_channels` are filled in.
         bev_neck: config of the BEV neck, which must end on the grid.
-        head: config of the head; ``grid`` and ``in_channels`` are filled in.
-        downsample: see :class:`~models.layers.lift.LiftSplat`.
+        head: config of the head; `grid` and `in_channels` are filled in.
+        downsample: see `models.layers.lift.LiftSplat`.
         frames: 2 adds the previous keyframe, lifted into the current LiDAR frame without gradient.
-        radar: ``voxel`` and ``encoder`` of :class:`~models.detectors.radar.RadarMap`, whose map joins the lifted ones.
+        radar: `voxel` and `encoder` of `models.detectors.radar.RadarMap`, whose map joins the lifted ones.
 
-    Taps: ``pv`` [B, N, C, h, w] the image neck; ``depth`` [B, N, D, h, w] probabilities; ``bev_lift`` the lifted
-    current frame; ``bev_view`` [B, N * C, H, W] the cameras' parts of it, which add up to it (with downsample 1);
-    ``bev_prev`` the lifted previous frame (with frames 2); ``bev_fused`` the BEV encoder's input, RADAR last;
-    ``bev_neck`` the input of the head; ``head``.
+    Taps: `pv` [B, N, C, h, w] the image neck; `depth` [B, N, D, h, w] probabilities; `bev_lift` the lifted
+    current frame; `bev_view` [B, N * C, H, W] the cameras' parts of it, which add up to it (with downsample 1);
+    `bev_prev` the lifted previous frame (with frames 2); `bev_fused` the BEV encoder's input, RADAR last;
+    `bev_neck` the input of the head; `head`.
     """
 
-    def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
-                 depth_net: dict[str, Any], depth_bins: list[float], bev_backbone: dict[str, Any],
-                 bev_neck: dict[str, Any], head: dict[str, Any], downsample: int = 1, frames: int = 1,
-                 radar: dict[str, Any] | None = None, **camera: Any) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        image_backbone: dict[str, Any],
+        image_neck: dict[str, Any],
+        stride: int,
+        depth_net: dict[str, Any],
+        depth_bins: list[float],
+        bev_backbone: dict[str, Any],
+        bev_neck: dict[str, Any],
+        head: dict[str, Any],
+        downsample: int = 1,
+        frames: int = 1,
+        radar: dict[str, Any] | None = None,
+        **camera: Any,
+    ) -> None:
         super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **camera)
         if frames not in (1, 2):
             raise ValueError(f"CameraBEVDepth frames {frames} must be 1, or 2 for the previous keyframe as well")
@@ -166,10 +190,12 @@ class CameraBEVDepth(CameraDetector):
             self.tap_channels["bev_prev"] = self.lift.channels
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
-        """See :class:`Detector`."""
+        """See `Detector`."""
         if batch.images.shape[1] < self.frames:
-            raise ValueError(f"CameraBEVDepth was built for {self.frames} frames, the batch has "
-                             f"{batch.images.shape[1]}: set input.frames")
+            raise ValueError(
+                f"CameraBEVDepth was built for {self.frames} frames, the batch has "
+                f"{batch.images.shape[1]}: set input.frames"
+            )
         batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
         current = self.lift(features, batch, views="bev_view" in taps)

@@ -18,13 +18,13 @@ class Detector(nn.Module, ABC):
     """A 3D detector: forward to head maps and taps, loss against boxes, decoding to boxes."""
 
     sensors: tuple[str, ...]
-    """The batch's sensor data that ``forward`` reads, of ``images``, ``points``, ``radar``; no other need be loaded."""
+    """The batch's sensor data that `forward` reads, of `images`, `points`, `radar`; no other need be loaded."""
     tap_channels: dict[str, int]
     """Channels of the taps of this detector that are dense maps."""
     targets: TargetEncoder
     """How boxes become head targets on this detector's grid."""
     frames: int = 1
-    """Keyframes of the batch that ``forward`` reads; no other need be loaded."""
+    """Keyframes of the batch that `forward` reads; no other need be loaded."""
     truth_losses: tuple[str, ...] = ("heatmap", "box")
     """Those of the losses that compare with the true boxes."""
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -34,7 +34,7 @@ class Detector(nn.Module, ABC):
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
         """Head maps of a batch, and the named taps.
 
-        ``boxes`` may be named and is not returned: boxes come from :meth:`decode`.
+        `boxes` may be named and is not returned: boxes come from `decode`.
         """
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Detector(nn.Module, ABC):
         """Boxes of each sample."""
 
     def init_weights(self) -> None:
-        """Initialise every part by its own ``init_cfg`` (which may name a checkpoint)."""
+        """Initialise every part by its own `init_cfg` (which may name a checkpoint)."""
         initialise(*(child for child in self.children() if isinstance(child, BaseModule)))
 
     def select_taps(self, available: Mapping[str, Callable[[], Tensor]], taps: Collection[str]) -> dict[str, Tensor]:

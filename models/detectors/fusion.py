@@ -34,31 +34,49 @@ class ConvFuser(nn.Module):
 
 @MODELS.register_module()
 class BEVFusion(CameraDetector):
-    """LiDAR-camera detector. Reads ``points`` and what :class:`~models.detectors.camera.CameraBEVDepth` reads.
+    """LiDAR-camera detector. Reads `points` and what `models.detectors.camera.CameraBEVDepth` reads.
 
     Args:
-        grid: see :class:`~models.detectors.camera.CameraDetector`, as for all that is not named here.
-        depth_net: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        lidar: keywords of :class:`~models.detectors.lidar.LidarMap` without the grid.
+        grid: see `models.detectors.camera.CameraDetector`, as for all that is not named here.
+        depth_net: see `models.detectors.camera.CameraBEVDepth`.
+        lidar: keywords of `models.detectors.lidar.LidarMap` without the grid.
         fused_channels: of the map that both become.
-        bev_backbone: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        bev_neck: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        head: see :class:`~models.detectors.camera.CameraBEVDepth`.
-        downsample: see :class:`~models.layers.lift.LiftSplat`.
+        bev_backbone: see `models.detectors.camera.CameraBEVDepth`.
+        bev_neck: see `models.detectors.camera.CameraBEVDepth`.
+        head: see `models.detectors.camera.CameraBEVDepth`.
+        downsample: see `models.layers.lift.LiftSplat`.
 
-    Taps: ``pv``, ``depth``, ``bev_neck``, ``head`` as of ``CameraBEVDepth``; ``bev_lift_camera`` [B, C, H, W] the
-    lifted images, ``bev_view`` [B, N * C, H, W] the cameras' parts of it; ``bev_lift_lidar`` [B, C_L, H, W] the LiDAR
-    branch; ``bev_fused`` [B, C_F, H, W] the fuser's output.
+    Taps: `pv`, `depth`, `bev_neck`, `head` as of `CameraBEVDepth`; `bev_lift_camera` [B, C, H, W] the
+    lifted images, `bev_view` [B, N * C, H, W] the cameras' parts of it; `bev_lift_lidar` [B, C_L, H, W] the LiDAR
+    branch; `bev_fused` [B, C_F, H, W] the fuser's output.
     """
 
     sensors = ("images", "points")
-    places = MappingProxyType({"encoder": ("lidar.encoder",), "middle": ("lidar.middle",),
-                               "backbone": ("lidar.stage", "bev_backbone"), "neck": ("bev_neck",)})
+    places = MappingProxyType(
+        {
+            "encoder": ("lidar.encoder",),
+            "middle": ("lidar.middle",),
+            "backbone": ("lidar.stage", "bev_backbone"),
+            "neck": ("bev_neck",),
+        }
+    )
 
-    def __init__(self, grid: dict[str, Any], image_backbone: dict[str, Any], image_neck: dict[str, Any], stride: int,
-                 depth_net: dict[str, Any], depth_bins: list[float], lidar: dict[str, Any], fused_channels: int,
-                 bev_backbone: dict[str, Any], bev_neck: dict[str, Any], head: dict[str, Any], downsample: int = 1,
-                 **camera: Any) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        image_backbone: dict[str, Any],
+        image_neck: dict[str, Any],
+        stride: int,
+        depth_net: dict[str, Any],
+        depth_bins: list[float],
+        lidar: dict[str, Any],
+        fused_channels: int,
+        bev_backbone: dict[str, Any],
+        bev_neck: dict[str, Any],
+        head: dict[str, Any],
+        downsample: int = 1,
+        **camera: Any,
+    ) -> None:
         super().__init__(grid, image_backbone, image_neck, stride, depth_bins, **camera)
         self.lift = self.build_lift(depth_net, downsample)
         self.lidar = LidarMap(self.grid, **lidar)
@@ -68,7 +86,7 @@ class BEVFusion(CameraDetector):
         self.tap_channels |= view_channels(self.lift)
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
-        """See :class:`~models.detectors.detector.Detector`."""
+        """See `models.detectors.detector.Detector`."""
         batch = self.at_own_size(batch)
         features = self.images(batch.images[:, 0])
         camera = self.lift(features, batch, views="bev_view" in taps)

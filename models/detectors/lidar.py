@@ -17,7 +17,7 @@ LIDAR_FEATURES = 5
 
 @MODELS.register_module()
 class LidarCenterPoint(PointCenterPoint):
-    """CenterPoint over LiDAR points: x, y, z, intensity, seconds into the past. Reads ``points`` only."""
+    """CenterPoint over LiDAR points: x, y, z, intensity, seconds into the past. Reads `points` only."""
 
     sensors = ("points",)
     point_features = LIDAR_FEATURES
@@ -32,16 +32,23 @@ class LidarMap(PointLift):
 
     Args:
         grid: on which the map ends.
-        voxel: see :class:`~models.detectors.points.PointLift`.
-        encoder: see :class:`~models.detectors.points.PointLift`.
+        voxel: see `models.detectors.points.PointLift`.
+        encoder: see `models.detectors.points.PointLift`.
         channels: of the map.
-        middle: see :class:`~models.detectors.points.PointLift`.
+        middle: see `models.detectors.points.PointLift`.
         stage: config of a backbone with one stage on the middle encoder's map. Pillars have no convolution of their
             own: with the first stage of the LiDAR teacher's backbone they are as deep as a sparse encoder.
     """
 
-    def __init__(self, grid: Grid, voxel: dict[str, Any], encoder: dict[str, Any], channels: int,
-                 middle: dict[str, Any] | None = None, stage: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        voxel: dict[str, Any],
+        encoder: dict[str, Any],
+        channels: int,
+        middle: dict[str, Any] | None = None,
+        stage: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(LIDAR_FEATURES, grid, voxel, encoder, middle)
         self.channels = channels
         self.stage = None if stage is None else MODELS.build(stage)

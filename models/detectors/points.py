@@ -31,15 +31,21 @@ class PointLift(BaseModule):
 
     Args:
         features: values of a point, of which the first three are x, y, z in metres.
-        grid: the extent, and the cells that :meth:`to_grid` ends on.
-        voxel: ``size`` [x, y] of a pillar or [x, y, z] of a voxel in metres, ``max_points`` of one, ``max_voxels``
+        grid: the extent, and the cells that `to_grid` ends on.
+        voxel: `size` [x, y] of a pillar or [x, y, z] of a voxel in metres, `max_points` of one, `max_voxels`
             per sample (one number, or one for training and one for evaluation).
         encoder: config of the voxel encoder; its sizes are filled in.
-        middle: config of the middle encoder: ``PointPillarsScatter`` (default) or ``SparseEncoder`` (needs spconv).
+        middle: config of the middle encoder: `PointPillarsScatter` (default) or `SparseEncoder` (needs spconv).
     """
 
-    def __init__(self, features: int, grid: Grid, voxel: dict[str, Any], encoder: dict[str, Any],
-                 middle: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        features: int,
+        grid: Grid,
+        voxel: dict[str, Any],
+        encoder: dict[str, Any],
+        middle: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.features, self.grid = features, grid
         low, high = grid.z
@@ -54,8 +60,11 @@ class PointLift(BaseModule):
         else:
             require_spconv(middle["type"])
             encoder = {"num_features": features, **encoder}
-            middle = {"in_channels": features, "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
-                      **{key: as_tuples(value) for key, value in middle.items()}}
+            middle = {
+                "in_channels": features,
+                "sparse_shape": [cells[2] + 1, cells[1], cells[0]],
+                **{key: as_tuples(value) for key, value in middle.items()},
+            }
         self.encoder = MODELS.build(encoder)
         self.middle = MODELS.build(middle)
 
@@ -64,7 +73,7 @@ class PointLift(BaseModule):
         # Coordinates up to 50 m do not fit bfloat16 (0.25 m steps), so this part stays in float32 under autocast.
         with torch.autocast(points[0].device.type, enabled=False):
             if torch.compiler.is_exporting():
-                clouds = (sample[:, :self.features].float() for sample in points)
+                clouds = (sample[:, : self.features].float() for sample in points)
                 return torch.stack([lift_padded(self.voxelize, self.encoder, self.middle, cloud) for cloud in clouds])
             voxels, coordinates, counts = self._voxels(points)
             features = self.encoder(voxels, counts, coordinates)
@@ -74,13 +83,15 @@ class PointLift(BaseModule):
         """The map, max-pooled to the grid's cells."""
         factor, rest = divmod(lifted.shape[-1], self.grid.size)
         if factor < 1 or rest:
-            raise ValueError(f"{type(self).__name__}: the middle encoder's map has {lifted.shape[-1]} cells a side, "
-                             f"the grid {self.grid.size}: choose voxel.size so that the first is a multiple")
+            raise ValueError(
+                f"{type(self).__name__}: the middle encoder's map has {lifted.shape[-1]} cells a side, "
+                f"the grid {self.grid.size}: choose voxel.size so that the first is a multiple"
+            )
         return F.max_pool2d(lifted, factor) if factor > 1 else lifted
 
     def _voxels(self, points: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Voxels [V, max_points, features], their coordinates [V, 4] (sample, z, y, x) and point counts [V]."""
-        parts = [self._voxels_of_sample(sample[:, :self.features].float().contiguous()) for sample in points]
+        parts = [self._voxels_of_sample(sample[:, : self.features].float().contiguous()) for sample in points]
         coordinates = [F.pad(part[1], (1, 0), value=i) for i, part in enumerate(parts)]
         return torch.cat([part[0] for part in parts]), torch.cat(coordinates), torch.cat([part[2] for part in parts])
 
@@ -97,23 +108,31 @@ class PointCenterPoint(Detector, PointLift):
     """CenterPoint over pillars or voxels of one sensor's points.
 
     Args:
-        grid: keywords of :class:`~models.layers.grid.Grid`, the head's grid.
-        voxel: see :class:`PointLift`.
-        encoder: see :class:`PointLift`.
+        grid: keywords of `models.layers.grid.Grid`, the head's grid.
+        voxel: see `PointLift`.
+        encoder: see `PointLift`.
         backbone: config of the BEV backbone on the middle encoder's map.
         neck: config of the BEV neck, which must end on the head's grid.
-        head: config of the head; ``grid`` and ``in_channels`` are filled in.
-        middle: see :class:`PointLift`.
+        head: config of the head; `grid` and `in_channels` are filled in.
+        middle: see `PointLift`.
 
-    Taps: ``bev_lift`` the middle encoder's map, max-pooled to the head's grid, zero where there is no voxel;
-    ``bev_neck`` the input of the head; ``head``.
+    Taps: `bev_lift` the middle encoder's map, max-pooled to the head's grid, zero where there is no voxel;
+    `bev_neck` the input of the head; `head`.
     """
 
     point_features: int
     """Values of a point of this sensor."""
 
-    def __init__(self, grid: dict[str, Any], voxel: dict[str, Any], encoder: dict[str, Any], backbone: dict[str, Any],
-                 neck: dict[str, Any], head: dict[str, Any], middle: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        voxel: dict[str, Any],
+        encoder: dict[str, Any],
+        backbone: dict[str, Any],
+        neck: dict[str, Any],
+        head: dict[str, Any],
+        middle: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(self.point_features, Grid(**grid), voxel, encoder, middle)
         self.backbone = MODELS.build(backbone)
         self.neck = MODELS.build(neck)
@@ -128,12 +147,14 @@ class PointCenterPoint(Detector, PointLift):
         """The sensor's points [P, point_features] or wider of each sample."""
 
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:
-        """See :class:`Detector`; reads what :meth:`points` reads, nothing else."""
+        """See `Detector`; reads what `points` reads, nothing else."""
         lifted = self.lift(self.points(batch))
         neck = self.neck(self.backbone(lifted.contiguous(memory_format=torch.channels_last)))[0]
         if neck.shape[-1] != self.grid.size:
-            raise ValueError(f"{type(self).__name__}: the neck's map has {neck.shape[-1]} cells a side, the head "
-                             f"{self.grid.size}: change the strides of backbone and neck, or voxel.size")
+            raise ValueError(
+                f"{type(self).__name__}: the neck's map has {neck.shape[-1]} cells a side, the head "
+                f"{self.grid.size}: change the strides of backbone and neck, or voxel.size"
+            )
         head = self.head(neck)
         available = {
             "bev_lift": lambda: self.to_grid(lifted),
@@ -143,7 +164,7 @@ class PointCenterPoint(Detector, PointLift):
         return Prediction(head, self.select_taps(available, taps))
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        """``heatmap`` and ``box``."""
+        """`heatmap` and `box`."""
         return self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
 
     def decode(self, prediction: Prediction) -> list[Detections]:

@@ -27,7 +27,7 @@ def scaled(radar: list[Tensor]) -> list[Tensor]:
 
 @MODELS.register_module()
 class RadarCenterPoint(PointCenterPoint):
-    """CenterPoint over RADAR returns: x, y, z, cross section, velocity over ground, age. Reads ``radar`` only."""
+    """CenterPoint over RADAR returns: x, y, z, cross section, velocity over ground, age. Reads `radar` only."""
 
     sensors = ("radar",)
     point_features = len(RADAR_SCALE)
@@ -38,7 +38,7 @@ class RadarCenterPoint(PointCenterPoint):
 
 
 class RadarMap(PointLift):
-    """RADAR returns to a map on a detector's grid; keywords as of :class:`~models.detectors.points.PointLift`."""
+    """RADAR returns to a map on a detector's grid; keywords as of `models.detectors.points.PointLift`."""
 
     def __init__(self, grid: Grid, voxel: dict[str, Any], encoder: dict[str, Any]) -> None:
         super().__init__(len(RADAR_SCALE), grid, voxel, encoder)

@@ -62,8 +62,8 @@ class Segmenter(nn.Module):
     heads in float32: their boxes need it.
 
     Args:
-        model: config of an mmdet two-stage detector with a mask head, without ``data_preprocessor``. The RoI heads'
-            ``num_classes`` are filled in.
+        model: config of an mmdet two-stage detector with a mask head, without `data_preprocessor`. The RoI heads'
+            `num_classes` are filled in.
         classes: names of its outputs in order.
 
     Raises:
@@ -87,7 +87,7 @@ class Segmenter(nn.Module):
 
         Args:
             images: [B, 3, H, W] uint8 RGB.
-            instances: of each image, labelled by position in ``classes``.
+            instances: of each image, labelled by position in `classes`.
         """
         samples = training_samples(instances, (images.shape[-2], images.shape[-1]))
         config = self.detector.train_cfg.get("rpn_proposal", self.detector.test_cfg.rpn)
@@ -111,10 +111,10 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(config: Mapping[str, Any]) -> Segmenter:
-    """A segmenter of a config with ``model`` and ``classes``, its weights initialised by the model's ``init_cfg``.
+    """A segmenter of a config with `model` and `classes`, its weights initialised by the model's `init_cfg`.
 
     Raises:
-        ValueError: see :class:`Segmenter`.
+        ValueError: see `Segmenter`.
     """
     segmenter = Segmenter(config["model"], config["classes"])
     initialise(segmenter.detector)
@@ -126,31 +126,41 @@ def with_classes(model: Mapping[str, Any], count: int) -> ConfigDict:
     """The config of a two-stage detector with the number of classes in its RoI heads.
 
     Raises:
-        ValueError: see :class:`Segmenter`.
+        ValueError: see `Segmenter`.
     """
     name, known = model.get("type"), MODELS.get(str(model.get("type")))
     if known is None or not issubclass(known, TwoStageDetector):
-        raise ValueError(f"segmenter model type {name!r} is not a two-stage detector of mmdet: use MaskRCNN, "
-                         "CascadeRCNN or another with an RPN and a RoI head")
+        raise ValueError(
+            f"segmenter model type {name!r} is not a two-stage detector of mmdet: use MaskRCNN, "
+            "CascadeRCNN or another with an RPN and a RoI head"
+        )
     filled = ConfigDict(copy.deepcopy(dict(model)))
     roi_head = filled.get("roi_head") or {}
     if roi_head.get("mask_head") is None or filled.get("rpn_head") is None:
-        raise ValueError(f"segmenter model {name} needs rpn_head and roi_head.mask_head: it finds masks as well as "
-                         "boxes")
+        raise ValueError(
+            f"segmenter model {name} needs rpn_head and roi_head.mask_head: it finds masks as well as boxes"
+        )
     for part in CLASS_HEADS:
         heads = roi_head[part]
         for head in heads if isinstance(heads, list) else [heads]:
             stated = head.setdefault("num_classes", count)
             if stated != count:
-                raise ValueError(f"segmenter model {name}: roi_head.{part} has num_classes {stated}, its classes are "
-                                 f"{count}: leave num_classes out, or name all classes")
+                raise ValueError(
+                    f"segmenter model {name}: roi_head.{part} has num_classes {stated}, its classes are "
+                    f"{count}: leave num_classes out, or name all classes"
+                )
     return filled
 
 
 def image_info(size: tuple[int, int]) -> dict[str, Any]:
     """What mmdet wants to know of an image of a size (height, width) that was neither scaled nor padded."""
-    return {"img_shape": size, "ori_shape": size, "pad_shape": size, "batch_input_shape": size,
-            "scale_factor": (1.0, 1.0)}
+    return {
+        "img_shape": size,
+        "ori_shape": size,
+        "pad_shape": size,
+        "batch_input_shape": size,
+        "scale_factor": (1.0, 1.0),
+    }
 
 
 def training_samples(instances: Sequence[Instances], size: tuple[int, int]) -> list[DetDataSample]:
@@ -164,25 +174,34 @@ def training_samples(instances: Sequence[Instances], size: tuple[int, int]) -> l
     return samples
 
 
-def two_stage_losses(rpn_head: BaseDenseHead, roi_head: BaseRoIHead, features: Sequence[Tensor],
-                     samples: list[DetDataSample], proposals: ConfigDict) -> dict[str, Tensor]:
+def two_stage_losses(
+    rpn_head: BaseDenseHead,
+    roi_head: BaseRoIHead,
+    features: Sequence[Tensor],
+    samples: list[DetDataSample],
+    proposals: ConfigDict,
+) -> dict[str, Tensor]:
     """Losses of a region proposal head and a RoI head, scalars by mmdet's names; computed in float32.
 
     Args:
         rpn_head: finds proposals.
         roi_head: tells their classes, boxes and masks.
         features: maps [B, C, h, w] of the levels, finest first.
-        samples: see :func:`training_samples`.
+        samples: see `training_samples`.
         proposals: mmdet's config of the proposals that the RoI head learns from.
     """
     with torch.autocast(features[0].device.type, enabled=False):
         maps = tuple(level.float() for level in features)
-        losses, found = rpn_head.loss_and_predict(maps, [without_classes(sample) for sample in samples],
-                                                  proposal_cfg=proposals)
+        losses, found = rpn_head.loss_and_predict(
+            maps, [without_classes(sample) for sample in samples], proposal_cfg=proposals
+        )
         losses |= roi_head.loss(maps, found, samples)
     # Some come per level, some with one element, and figures such as the accuracy stand between them.
-    return {name: torch.stack(value).sum() if isinstance(value, list) else value.sum()
-            for name, value in losses.items() if "loss" in name}
+    return {
+        name: torch.stack(value).sum() if isinstance(value, list) else value.sum()
+        for name, value in losses.items()
+        if "loss" in name
+    }
 
 
 def without_classes(sample: DetDataSample) -> DetDataSample:

@@ -31,17 +31,25 @@ MAX_LOG_SIZE = 5.0
 class JointTaskHead(BaseModule):
     """A task head whose branches share one hidden layer and one output convolution.
 
-    ``SeparateHead`` runs a pair of 3x3 convolutions per branch; with six tasks of six branches those are most of a
-    small detector's cost. Takes the arguments of ``SeparateHead``.
+    `SeparateHead` runs a pair of 3x3 convolutions per branch; with six tasks of six branches those are most of a
+    small detector's cost. Takes the arguments of `SeparateHead`.
     """
 
-    def __init__(self, in_channels: int, heads: dict[str, tuple[int, int]], head_conv: int = 32,
-                 init_bias: float = -2.19, norm_cfg: dict[str, Any] | None = None, **unused: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        heads: dict[str, tuple[int, int]],
+        head_conv: int = 32,
+        init_bias: float = -2.19,
+        norm_cfg: dict[str, Any] | None = None,
+        **unused: Any,
+    ) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
         self.channels = {name: channels for name, (channels, _) in heads.items()}
         self.init_bias = init_bias
-        self.hidden = ConvModule(in_channels, head_conv, 3, padding=1, bias=False,
-                                 norm_cfg=norm_cfg or {"type": "BN2d"})
+        self.hidden = ConvModule(
+            in_channels, head_conv, 3, padding=1, bias=False, norm_cfg=norm_cfg or {"type": "BN2d"}
+        )
         self.output = nn.Conv2d(head_conv, sum(self.channels.values()), 1)
 
     def init_weights(self) -> None:
@@ -105,17 +113,17 @@ def circle_nms(xy: Tensor, scores: Tensor, radius: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class GridCenterHead(BaseModule):
-    """CenterPoint head on a :class:`~models.layers.grid.Grid`.
+    """CenterPoint head on a `models.layers.grid.Grid`.
 
     Args:
-        grid: keywords of :class:`~models.layers.grid.Grid`.
+        grid: keywords of `models.layers.grid.Grid`.
         tasks: class names of each task; labels count through them.
         in_channels: channels of the feature map.
-        separate_head: config of the branches: ``JointTaskHead`` (default) or mmdet3d's ``SeparateHead``.
-        branch_convs: convolutions per branch of ``SeparateHead``.
+        separate_head: config of the branches: `JointTaskHead` (default) or mmdet3d's `SeparateHead`.
+        branch_convs: convolutions per branch of `SeparateHead`.
         share_conv_channel: channels of the convolution before the branches.
         min_radius: least Gaussian radius in cells; one, or one per class.
-        gaussian_overlap: see :class:`~models.head.targets.TargetEncoder`.
+        gaussian_overlap: see `models.head.targets.TargetEncoder`.
         code_weights: weight of each of the ten regression codes.
         box_weight: weight of the regression loss.
         nms_radius: circle NMS in metres; one, or one per class.
@@ -123,24 +131,39 @@ class GridCenterHead(BaseModule):
         max_detections: most boxes per sample.
         score_threshold: boxes at or below it are dropped.
         norm_bbox: sizes are logarithms.
-        num_heatmap_convs: as ``branch_convs``, of the heatmap's branch.
+        num_heatmap_convs: as `branch_convs`, of the heatmap's branch.
         norm_cfg: config of the normalisation of the shared convolution.
     """
 
-    def __init__(self, grid: dict[str, Any], tasks: list[list[str]], in_channels: int, *,
-                 separate_head: dict[str, Any] | None = None, branch_convs: int = 2, share_conv_channel: int = 64,
-                 min_radius: int | list[int] = 2, gaussian_overlap: float = 0.1,
-                 code_weights: Sequence[float] = (1.0,) * 10, box_weight: float = 0.25,
-                 nms_radius: float | list[float] = 0.5, candidates: int = 200, max_detections: int = 500,
-                 score_threshold: float = 0.01, norm_bbox: bool = True, num_heatmap_convs: int = 2,
-                 norm_cfg: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        tasks: list[list[str]],
+        in_channels: int,
+        *,
+        separate_head: dict[str, Any] | None = None,
+        branch_convs: int = 2,
+        share_conv_channel: int = 64,
+        min_radius: int | list[int] = 2,
+        gaussian_overlap: float = 0.1,
+        code_weights: Sequence[float] = (1.0,) * 10,
+        box_weight: float = 0.25,
+        nms_radius: float | list[float] = 0.5,
+        candidates: int = 200,
+        max_detections: int = 500,
+        score_threshold: float = 0.01,
+        norm_bbox: bool = True,
+        num_heatmap_convs: int = 2,
+        norm_cfg: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.grid = Grid(**grid)
         self.class_names = [list(names) for names in tasks]
         sizes = tuple(len(names) for names in tasks)
         classes = sum(sizes)
-        self.targets = TargetEncoder(self.grid, sizes, per_class(min_radius, classes), gaussian_overlap,
-                                     norm_bbox=norm_bbox)
+        self.targets = TargetEncoder(
+            self.grid, sizes, per_class(min_radius, classes), gaussian_overlap, norm_bbox=norm_bbox
+        )
         if len(code_weights) != 10:
             raise ValueError(f"head code_weights {list(code_weights)} must be ten numbers")
         self.code_weights, self.box_weight = tuple(code_weights), box_weight
@@ -155,9 +178,17 @@ class GridCenterHead(BaseModule):
         self.shared_conv = ConvModule(in_channels, share_conv_channel, 3, padding=1, norm_cfg=norm_cfg)
         branches = {name: (channels, branch_convs) for name, channels in REGRESSION.items()}
         self.task_heads = nn.ModuleList(
-            MODELS.build({"type": "JointTaskHead", **(separate_head or {}), "in_channels": share_conv_channel,
-                          "heads": branches | {"heatmap": (size, num_heatmap_convs)}, "num_cls": size})
-            for size in sizes)
+            MODELS.build(
+                {
+                    "type": "JointTaskHead",
+                    **(separate_head or {}),
+                    "in_channels": share_conv_channel,
+                    "heads": branches | {"heatmap": (size, num_heatmap_convs)},
+                    "num_cls": size,
+                }
+            )
+            for size in sizes
+        )
 
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
         """Maps of each task from a feature map [B, in_channels, H, W]; float32, so that losses and boxes are."""

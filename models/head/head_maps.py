@@ -22,13 +22,13 @@ def warp_head(maps: Tensor, bev_aug: Tensor, extent: float, targets: TargetEncod
     turns. No gradient passes.
 
     Args:
-        maps: [B, C, H, W] with H = W, over +-extent metres, laid out as :func:`models.ports.head_map` does.
+        maps: [B, C, H, W] with H = W, over +-extent metres, laid out as `models.ports.head_map` does.
         bev_aug: [B, 4, 4] LiDAR frame -> augmented frame: flips, a turn about z, a scale, a shift.
         extent: half the side of the maps, metres.
         targets: grid of the result, and the tasks and the code of the maps.
 
     Returns:
-        The maps [B, C, H', W'] on the grid of ``targets``, zero where a source lies outside, and the cells whose source
+        The maps [B, C, H', W'] on the grid of `targets`, zero where a source lies outside, and the cells whose source
         lies inside, bool [B, 1, H', W'].
 
     Raises:
@@ -60,11 +60,15 @@ def task_scores(maps: Tensor, targets: TargetEncoder) -> Tensor:
 def _check_layout(maps: Tensor, extent: float, targets: TargetEncoder) -> None:
     channels, cell = sum(targets.task_channels), 2 * extent / maps.shape[-1]
     if maps.shape[1] != channels:
-        raise ValueError(f"head maps have {maps.shape[1]} channels, the tasks need {channels}: teacher and student "
-                         "need the same tasks")
+        raise ValueError(
+            f"head maps have {maps.shape[1]} channels, the tasks need {channels}: teacher and student "
+            "need the same tasks"
+        )
     if abs(cell - targets.grid.cell) > 1e-6:
-        raise ValueError(f"head maps have cells of {cell:g} m, the grid cells of {targets.grid.cell:g} m: teacher and "
-                         "student need the same cell")
+        raise ValueError(
+            f"head maps have cells of {cell:g} m, the grid cells of {targets.grid.cell:g} m: teacher and "
+            "student need the same cell"
+        )
 
 
 def _code_channels(targets: TargetEncoder) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """CenterPoint targets: boxes to Gaussian heatmaps and regression codes, for all boxes of a batch at once.
 
 Yin, Zhou, Kraehenbuehl, "Center-based 3D Object Detection and Tracking", CVPR 2021; numerically equal to
-mmdet3d's ``CenterHead.get_targets``.
+mmdet3d's `CenterHead.get_targets`.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ class TargetEncoder:
 
     def __post_init__(self) -> None:
         if len(self.min_radius) != self.classes:
-            raise ValueError(f"min_radius has {len(self.min_radius)} entries for {self.classes} classes: "
-                             "give one number, or one per class")
+            raise ValueError(
+                f"min_radius has {len(self.min_radius)} entries for {self.classes} classes: "
+                "give one number, or one per class"
+            )
         tasks = tuple(task for task, size in enumerate(self.task_sizes) for _ in range(size))
         object.__setattr__(self, "task_of_class", tasks)
 
@@ -125,7 +127,7 @@ class TargetEncoder:
 
     @property
     def task_channels(self) -> list[int]:
-        """Channels of each task in the tap ``head``: its code, then its heatmaps."""
+        """Channels of each task in the tap `head`: its code, then its heatmaps."""
         return [CODE_SIZE + classes for classes in self.task_sizes]
 
     def encode(self, boxes: Tensor, labels: Tensor) -> EncodedBoxes:
@@ -138,22 +140,31 @@ class TargetEncoder:
         radius = gaussian_radius(size[:, 0] / self.grid.cell, size[:, 1] / self.grid.cell, self.min_overlap)
         least = torch.tensor(self.min_radius, device=boxes.device)[labels]
         yaw = boxes[:, 6:7]
-        code = torch.cat([
-            center - column_row,
-            boxes[:, 2:3] + size[:, 2:3] * 0.5,
-            size.log() if self.norm_bbox else size,
-            yaw.sin(),
-            yaw.cos(),
-            boxes[:, 7:9],
-        ], dim=1)
+        code = torch.cat(
+            [
+                center - column_row,
+                boxes[:, 2:3] + size[:, 2:3] * 0.5,
+                size.log() if self.norm_bbox else size,
+                yaw.sin(),
+                yaw.cos(),
+                boxes[:, 7:9],
+            ],
+            dim=1,
+        )
         return EncodedBoxes(code, column_row, torch.maximum(radius.nan_to_num(0).long(), least), inside)
 
     def heatmap(self, encoded: EncodedBoxes, labels: Tensor, sample: Tensor, batch_size: int, peak: Tensor) -> Tensor:
-        """Heatmaps [B, C, H, W] of encoded boxes whose Gaussians rise to ``peak`` [M]."""
+        """Heatmaps [B, C, H, W] of encoded boxes whose Gaussians rise to `peak` [M]."""
         keep = encoded.inside
         plane = sample * self.classes + labels
-        drawn = draw_gaussians(encoded.column_row[keep], encoded.radius[keep], plane[keep], peak[keep],
-                               batch_size * self.classes, self.grid.size)
+        drawn = draw_gaussians(
+            encoded.column_row[keep],
+            encoded.radius[keep],
+            plane[keep],
+            peak[keep],
+            batch_size * self.classes,
+            self.grid.size,
+        )
         return drawn.view(batch_size, self.classes, self.grid.size, self.grid.size)
 
     def __call__(self, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Targets:
@@ -168,7 +179,8 @@ class TargetEncoder:
         slot = torch.arange(len(group), device=group.device) - first[group]
         keep = slot < self.max_objects
         flat_boxes, flat_labels, sample, group, slot = (
-            values[keep] for values in (flat_boxes, flat_labels, sample, group, slot))
+            values[keep] for values in (flat_boxes, flat_labels, sample, group, slot)
+        )
 
         encoded = self.encode(flat_boxes, flat_labels)
         heatmap = self.heatmap(encoded, flat_labels, sample, batch_size, torch.ones_like(flat_boxes[:, 0]))

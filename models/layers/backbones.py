@@ -37,9 +37,17 @@ class BasicBlock(BaseModule):
     expansion = 1
     last_norm = "bn2"
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, dilation: int = 1,
-                 downsample: nn.Module | None = None, norm_cfg: Config | None = None, dcn: Config | None = None,
-                 init_cfg: Config | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        norm_cfg: Config | None = None,
+        dcn: Config | None = None,
+        init_cfg: Config | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         if dcn is not None:
             raise ValueError("ResNet dcn: depth 18 and 34 have no deformable convolutions, use depth 50 or more")
@@ -64,9 +72,17 @@ class Bottleneck(BaseModule):
     expansion = 4
     last_norm = "bn3"
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, dilation: int = 1,
-                 downsample: nn.Module | None = None, norm_cfg: Config | None = None, dcn: Config | None = None,
-                 init_cfg: Config | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        norm_cfg: Config | None = None,
+        dcn: Config | None = None,
+        init_cfg: Config | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         self.conv1 = conv(in_channels, channels, 1)
         self.bn1 = norm(norm_cfg, channels)
@@ -86,12 +102,14 @@ class Bottleneck(BaseModule):
         return self.relu(out)
 
 
-def conv(in_channels: int, out_channels: int, size: int, stride: int = 1, dilation: int = 1,
-         config: Config | None = None) -> nn.Module:
+def conv(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, dilation: int = 1, config: Config | None = None
+) -> nn.Module:
     """A convolution that keeps the map's size, but for its stride; without bias, as a normalisation follows."""
     padding = dilation * (size // 2)
-    return build_conv_layer(config, in_channels, out_channels, size, stride=stride, padding=padding, dilation=dilation,
-                            bias=False)
+    return build_conv_layer(
+        config, in_channels, out_channels, size, stride=stride, padding=padding, dilation=dilation, bias=False
+    )
 
 
 def norm(config: Config | None, channels: int) -> nn.Module:
@@ -106,8 +124,9 @@ def norm(config: Config | None, channels: int) -> nn.Module:
     return layer
 
 
-def residual_stage(block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, blocks: int, stride: int,
-                   **config: Any) -> Sequential:
+def residual_stage(
+    block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, blocks: int, stride: int, **config: Any
+) -> Sequential:
     """Blocks one after the other, the first of which has the stride; `config` goes to each."""
     width = channels * block.expansion
     downsample = None
@@ -130,9 +149,9 @@ class ResNet(BaseModule):
         dilations: of each stage.
         out_indices: stages whose outputs are returned, from 0.
         frozen_stages: -1 trains everything, 0 all but the stem, n all but the stem and the first n stages.
-        norm_cfg: config of the normalisation; with ``requires_grad: false`` its weights stay.
+        norm_cfg: config of the normalisation; with `requires_grad: false` its weights stay.
         norm_eval: batch norms use and keep their averages in training, too: for pretrained weights.
-        dcn: config of the deformable convolution that replaces the 3x3 ones of bottlenecks; ``fallback_on_stride``
+        dcn: config of the deformable convolution that replaces the 3x3 ones of bottlenecks; `fallback_on_stride`
             true keeps the plain one.
         stage_with_dcn: stages that have them.
         init_cfg: of the weights; default: Kaiming, blocks that start as the identity.
@@ -149,23 +168,37 @@ class ResNet(BaseModule):
         152: (Bottleneck, (3, 8, 36, 3)),
     }
 
-    def __init__(self, depth: int, in_channels: int = 3, base_channels: int = 64, num_stages: int = 4,
-                 strides: Sequence[int] = (1, 2, 2, 2), dilations: Sequence[int] = (1, 1, 1, 1),
-                 out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1, norm_cfg: Config | None = None,
-                 norm_eval: bool = True, dcn: Config | None = None,
-                 stage_with_dcn: Sequence[bool] = (False, False, False, False),
-                 init_cfg: Config | list[Config] | None = None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_cfg: Config | None = None,
+        norm_eval: bool = True,
+        dcn: Config | None = None,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        init_cfg: Config | list[Config] | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         if depth not in self.BLOCKS:
             raise ValueError(f"ResNet depth {depth}: use {', '.join(map(str, self.BLOCKS))}")
         if not num_stages == len(strides) == len(dilations) or max(out_indices) >= num_stages:
-            raise ValueError(f"ResNet num_stages {num_stages}, strides {list(strides)}, dilations {list(dilations)}, "
-                             f"out_indices {list(out_indices)}: give one stride and dilation per stage, and stages")
+            raise ValueError(
+                f"ResNet num_stages {num_stages}, strides {list(strides)}, dilations {list(dilations)}, "
+                f"out_indices {list(out_indices)}: give one stride and dilation per stage, and stages"
+            )
         block, counts = self.BLOCKS[depth]
         block_init = None
         if init_cfg is None:
-            self.init_cfg = [{"type": "Kaiming", "layer": "Conv2d"},
-                             {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]}]
+            self.init_cfg = [
+                {"type": "Kaiming", "layer": "Conv2d"},
+                {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
+            ]
             block_init = {"type": "Constant", "val": 0, "override": {"name": block.last_norm}}
         self.depth, self.out_indices = depth, tuple(out_indices)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
@@ -178,9 +211,20 @@ class ResNet(BaseModule):
         width = base_channels
         for i, name in enumerate(self.res_layers):
             channels = base_channels * 2**i
-            self.add_module(name, residual_stage(block, width, channels, counts[i], strides[i], dilation=dilations[i],
-                                                 norm_cfg=norm_cfg, dcn=deformable if stage_with_dcn[i] else None,
-                                                 init_cfg=block_init))
+            self.add_module(
+                name,
+                residual_stage(
+                    block,
+                    width,
+                    channels,
+                    counts[i],
+                    strides[i],
+                    dilation=dilations[i],
+                    norm_cfg=norm_cfg,
+                    dcn=deformable if stage_with_dcn[i] else None,
+                    init_cfg=block_init,
+                ),
+            )
             width = channels * block.expansion
         self._freeze()
 
@@ -189,7 +233,7 @@ class ResNet(BaseModule):
         return self.relu(self.bn1(self.conv1(x)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the stages ``out_indices`` for maps [B, in_channels, H, W]."""
+        """Outputs of the stages `out_indices` for maps [B, in_channels, H, W]."""
         x = self.maxpool(self.stem(x))
         maps = []
         for number, name in enumerate(self.res_layers):
@@ -210,7 +254,7 @@ class ResNet(BaseModule):
 
     def _freeze(self) -> None:
         frozen = [self.conv1, self.bn1] if self.frozen_stages >= 0 else []
-        frozen += [getattr(self, name) for name in self.res_layers[:max(self.frozen_stages, 0)]]
+        frozen += [getattr(self, name) for name in self.res_layers[: max(self.frozen_stages, 0)]]
         for module in frozen:
             module.eval().requires_grad_(False)
 
@@ -234,13 +278,20 @@ class SECOND(BaseModule):
         norm_cfg: config of the normalisation.
     """
 
-    def __init__(self, in_channels: int = 128, out_channels: Sequence[int] = (128, 128, 256),
-                 layer_nums: Sequence[int] = (3, 5, 5), layer_strides: Sequence[int] = (2, 2, 2),
-                 norm_cfg: Config | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int = 128,
+        out_channels: Sequence[int] = (128, 128, 256),
+        layer_nums: Sequence[int] = (3, 5, 5),
+        layer_strides: Sequence[int] = (2, 2, 2),
+        norm_cfg: Config | None = None,
+    ) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
         if not len(out_channels) == len(layer_nums) == len(layer_strides):
-            raise ValueError(f"SECOND out_channels {list(out_channels)}, layer_nums {list(layer_nums)}, layer_strides "
-                             f"{list(layer_strides)}: give one of each per stage")
+            raise ValueError(
+                f"SECOND out_channels {list(out_channels)}, layer_nums {list(layer_nums)}, layer_strides "
+                f"{list(layer_strides)}: give one of each per stage"
+            )
         norm_cfg = norm_cfg or {"type": "BN", "eps": 1e-3, "momentum": 0.01}
         self.blocks = nn.ModuleList()
         before = in_channels
@@ -271,8 +322,9 @@ class BEVResNet(ResNet):
 
     def __init__(self, in_channels: int, depth: int = 18, base_channels: int = 160, **config: Any) -> None:
         stages: Config = {"num_stages": 3, "strides": (1, 2, 2), "dilations": (1, 1, 1), "out_indices": (0, 1, 2)}
-        super().__init__(depth, in_channels=in_channels, base_channels=base_channels, norm_eval=False,
-                         **stages | config)
+        super().__init__(
+            depth, in_channels=in_channels, base_channels=base_channels, norm_eval=False, **stages | config
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The map [B, in_channels, H, W] and the outputs of the stages."""
@@ -301,11 +353,13 @@ class StagedResNet(BaseModule):
     def __init__(self, in_channels: int, channels: list[int], strides: list[int], blocks: list[int]) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "Conv2d"})
         if not len(channels) == len(strides) == len(blocks):
-            raise ValueError(f"StagedResNet channels {channels}, strides {strides}, blocks {blocks}: give one of each "
-                             "per stage")
+            raise ValueError(
+                f"StagedResNet channels {channels}, strides {strides}, blocks {blocks}: give one of each per stage"
+            )
         before = [in_channels, *channels[:-1]]
-        self.stages = nn.ModuleList(residual_stage(BasicBlock, *stage)
-                                    for stage in zip(before, channels, blocks, strides, strict=True))
+        self.stages = nn.ModuleList(
+            residual_stage(BasicBlock, *stage) for stage in zip(before, channels, blocks, strides, strict=True)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of all stages for a map [B, in_channels, H, W]."""
@@ -320,12 +374,12 @@ class StagedResNet(BaseModule):
 class RecomputedResNet(ResNet):
     """A ResNet, of which the backward pass knows only the inputs of blocks and computes the rest again.
 
-    mmdet's own ``with_cp`` does so by torch's reentrant checkpoints, which fail under DDP where parameters may be
+    mmdet's own `with_cp` does so by torch's reentrant checkpoints, which fail under DDP where parameters may be
     unused. Batch norms count a step's statistics twice; losses and gradients are those of the plain ResNet.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the stages ``out_indices`` for images [B, 3, H, W]."""
+        """Outputs of the stages `out_indices` for images [B, 3, H, W]."""
         x = self.maxpool(self.stem(x))
         maps = []
         for number, name in enumerate(self.res_layers):

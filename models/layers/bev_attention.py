@@ -162,8 +162,9 @@ class SpatialCrossAttention(nn.Module):
             chosen = pick((offsets / offsets.new_tensor([width, height])).unsqueeze(1), sight.queries)
             locations = sight.positions[:, :, :, None, :, None] + chosen  # [B, N, k, heads, Z, P, 2]
             share = pick(weights.unsqueeze(1), sight.queries) * sight.inside[:, :, :, None, :, None]
-            read = deformable_attention(full(value), (height, width), locations.flatten(0, 1).flatten(3, 4),
-                                        share.flatten(0, 1).flatten(3, 4))
+            read = deformable_attention(
+                full(value), (height, width), locations.flatten(0, 1).flatten(3, 4), share.flatten(0, 1).flatten(3, 4)
+            )
         return self._spread(read.unflatten(0, features.shape[:2]), sight.queries, chooser.shape[1])
 
     @staticmethod
@@ -192,12 +193,14 @@ class EncoderLayer(nn.Module):
             raise ValueError(f"BEVFormer: {heads} heads do not divide {channels} channels: set heads to a divisor")
         self.temporal = TemporalSelfAttention(channels, heads, points)
         self.spatial = SpatialCrossAttention(channels, heads, heights, points)
-        self.feedforward = nn.Sequential(projection(channels, feedforward), nn.ReLU(inplace=True),
-                                         projection(feedforward, channels))
+        self.feedforward = nn.Sequential(
+            projection(channels, feedforward), nn.ReLU(inplace=True), projection(feedforward, channels)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, query: Tensor, position: Tensor, previous: Tensor, features: Tensor,
-                sight: Sight) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, position: Tensor, previous: Tensor, features: Tensor, sight: Sight
+    ) -> tuple[Tensor, Tensor]:
         """Queries of the next layer [B, Q, C], and what each camera gave them; see the attentions."""
         query = self.norms[0](query + self.temporal(query, position, previous))
         read, views = self.spatial(query, position, features, sight)
@@ -206,14 +209,21 @@ class EncoderLayer(nn.Module):
 
 
 class BEVEncoder(nn.Module):
-    """Layers one after another; see :class:`EncoderLayer`."""
+    """Layers one after another; see `EncoderLayer`."""
 
     def __init__(self, layers: int, channels: int, heads: int, heights: int, points: int, feedforward: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(channels, heads, heights, points, feedforward) for _ in range(layers))
 
-    def forward(self, query: Tensor, position: Tensor, features: Tensor, sight: Sight, previous: Tensor | None,
-                has_previous: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        query: Tensor,
+        position: Tensor,
+        features: Tensor,
+        sight: Sight,
+        previous: Tensor | None,
+        has_previous: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The map [B, Q, C], and of what its last layer read each camera's part [B, N, Q, C].
 
         Args:
@@ -221,7 +231,7 @@ class BEVEncoder(nn.Module):
             position: [Q, C].
             features: [B, N, C, h, w] of the images.
             sight: of the queries.
-            previous: map [B, Q, C] of the previous frame. None, and where ``has_previous`` [B] is False: the queries
+            previous: map [B, Q, C] of the previous frame. None, and where `has_previous` [B] is False: the queries
                 of each layer take its place.
         """
         views = query.new_zeros(0)

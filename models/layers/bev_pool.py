@@ -1,7 +1,7 @@
 """BEV pooling of lift-splat detectors: sum depth-weighted image features into the cells their rays cross.
 
-A point of the frustum is a (pixel, depth bin) pair. Its value ``depth[pixel, bin] * features[pixel]`` is never
-materialised: with the points sorted by cell, a cell's sum is one bag of ``embedding_bag`` over feature rows, weighted
+A point of the frustum is a (pixel, depth bin) pair. Its value `depth[pixel, bin] * features[pixel]` is never
+materialised: with the points sorted by cell, a cell's sum is one bag of `embedding_bag` over feature rows, weighted
 by depth. The gradient to the features is the same operation with the roles of pixels and cells exchanged (points in
 pixel order need no sort), and the gradient to the depth is a dot product per point, a sampled matrix product.
 Every output has one owner that adds its points in a fixed order, so results are deterministic.
@@ -22,23 +22,23 @@ from torch.autograd.function import once_differentiable
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 LARGEST_PRODUCT = 2**27
-"""Entries of a matrix of :func:`bev_pool_by_product`, 512 MiB."""
+"""Entries of a matrix of `bev_pool_by_product`, 512 MiB."""
 
 
 class PoolIndex(NamedTuple):
     """Which points fall into which cells, in both orders; P valid points, R pixels, D depth bins.
 
-    32-bit rows because ``embedding_bag`` reads them twice as fast as 64-bit ones.
+    32-bit rows because `embedding_bag` reads them twice as fast as 64-bit ones.
     """
 
     point_by_cell: Tensor
-    """[P] int64, flat position in ``depth`` [R, D], sorted by cell."""
+    """[P] int64, flat position in `depth` [R, D], sorted by cell."""
     pixel_by_cell: Tensor
     """[P] int32, feature row of the same points."""
     cell_offsets: Tensor
     """[cells + 1] int32, where each cell's points begin."""
     point_by_pixel: Tensor
-    """[P] int64, flat position in ``depth``, sorted by pixel."""
+    """[P] int64, flat position in `depth`, sorted by pixel."""
     cell_by_pixel: Tensor
     """[P] int32, cell of the same points."""
     pixel_offsets: Tensor
@@ -70,7 +70,7 @@ def pool_index(cell: Tensor, cells: int) -> PoolIndex:
 
 
 def _weighted_bags(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Sum ``weights * table[rows]`` over each bag; [bags, C]."""
+    """Sum `weights * table[rows]` over each bag; [bags, C]."""
     return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
@@ -81,13 +81,14 @@ def _point_dots(features: Tensor, grad: Tensor, index: PoolIndex) -> Tensor:
     zeros = features.new_zeros(index.point_by_pixel.numel())
     # A ray may cross a cell in several bins; torch accepts such repeated entries up to the size of the full matrix.
     grad = F.pad(grad, (0, 0, 0, max(0, -(-len(zeros) // len(features)) - len(grad))))
-    pattern = torch.sparse_csr_tensor(index.pixel_offsets, index.cell_by_pixel, zeros,
-                                      size=(len(features), len(grad)), check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        index.pixel_offsets, index.cell_by_pixel, zeros, size=(len(features), len(grad)), check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, features, grad.t(), beta=0.0).values()
 
 
 class _BevPool(torch.autograd.Function):
-    """``embedding_bag`` by cell forward; by pixel, plus a sampled product, backward."""
+    """`embedding_bag` by cell forward; by pixel, plus a sampled product, backward."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, depth: Tensor, index: PoolIndex) -> Tensor:
@@ -118,7 +119,7 @@ def bev_pool(features: Tensor, depth: Tensor, index: PoolIndex) -> Tensor:
     Args:
         features: [R, C], a row per pixel of the feature maps of all cameras and samples.
         depth: [R, D], weight of each depth bin of that pixel.
-        index: from :func:`pool_index` with the same R and D.
+        index: from `pool_index` with the same R and D.
 
     Returns:
         [cells, C] in float32 (float64 for float64 input); cells without points are zero.
@@ -127,15 +128,17 @@ def bev_pool(features: Tensor, depth: Tensor, index: PoolIndex) -> Tensor:
         ValueError: if the shapes do not belong to the index.
     """
     if len(features) != len(depth) or len(depth) + 1 != len(index.pixel_offsets):
-        raise ValueError(f"bev_pool: {len(features)} feature rows and {len(depth)} depth rows, but the index was made "
-                         f"for {len(index.pixel_offsets) - 1} pixels: all three must agree")
+        raise ValueError(
+            f"bev_pool: {len(features)} feature rows and {len(depth)} depth rows, but the index was made "
+            f"for {len(index.pixel_offsets) - 1} pixels: all three must agree"
+        )
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     with torch.autocast(features.device.type, enabled=False):
         return _BevPool.apply(features.to(dtype).contiguous(), depth.to(dtype).contiguous(), index)
 
 
 def bev_pool_by_product(features: Tensor, depth: Tensor, cell: Tensor, cells: int) -> Tensor:
-    """:func:`bev_pool` as products of matrices, whose shapes depend on no value: what an exported graph holds.
+    """`bev_pool` as products of matrices, whose shapes depend on no value: what an exported graph holds.
 
     A pixel's weights are laid out by cell, [cells, R], a part of the pixels at a time where that is large. Only single
     numbers are added at places that repeat: onnxruntime adds whole rows in several threads and loses some (ScatterND).
@@ -143,7 +146,7 @@ def bev_pool_by_product(features: Tensor, depth: Tensor, cell: Tensor, cells: in
     Args:
         features: [R, C].
         depth: [R, D].
-        cell: [R, D] integer, as :func:`pool_index` takes it.
+        cell: [R, D] integer, as `pool_index` takes it.
         cells: number of cells of the output.
     """
     most, total = max(1, LARGEST_PRODUCT // cells), features.new_zeros(cells, features.shape[1])

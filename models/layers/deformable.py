@@ -52,23 +52,28 @@ def deformable_attention(value: Tensor, shape: tuple[int, int], locations: Tenso
 
 
 def full(x: Tensor) -> Tensor:
-    """``x`` in at least float32: places of eight bits, as bfloat16 has them, are off by a good part of a cell."""
+    """`x` in at least float32: places of eight bits, as bfloat16 has them, are off by a good part of a cell."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cell_centers(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Centres [h * w, 2] of a map's cells row by row, x and y of 0 to 1, with dtype and device of ``like``."""
+    """Centres [h * w, 2] of a map's cells row by row, x and y of 0 to 1, with dtype and device of `like`."""
     rows, columns = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in shape)
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)
 
 
 def _kernel(value: Tensor, shape: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:
-    """:func:`deformable_attention` by mmcv's kernel."""
+    """`deformable_attention` by mmcv's kernel."""
     sizes = torch.tensor([shape], device=value.device)
     # The last argument must divide the batch.
-    return MultiScaleDeformableAttnFunction.apply(value.contiguous(), sizes, sizes.new_zeros(1),
-                                                  locations.unsqueeze(3).contiguous(),
-                                                  weights.unsqueeze(3).contiguous(), len(value))
+    return MultiScaleDeformableAttnFunction.apply(
+        value.contiguous(),
+        sizes,
+        sizes.new_zeros(1),
+        locations.unsqueeze(3).contiguous(),
+        weights.unsqueeze(3).contiguous(),
+        len(value),
+    )
 
 
 class DeformableSelfAttention(MultiScaleDeformableAttention):
@@ -78,15 +83,16 @@ class DeformableSelfAttention(MultiScaleDeformableAttention):
     begin with; that is our choice, with which a model may start from weights of one that lacks the module.
 
     Args:
-        embed_dims: channels of the map; a multiple of ``num_heads``.
+        embed_dims: channels of the map; a multiple of `num_heads`.
         num_heads: heads, each with its own samples of its own channels.
         num_points: samples of a query and head.
     """
 
     def __init__(self, embed_dims: int, num_heads: int = 8, num_points: int = 10) -> None:
         if embed_dims % num_heads:
-            raise ValueError(f"deformable attention: {num_heads} heads do not divide {embed_dims} channels: set heads "
-                             "to a divisor")
+            raise ValueError(
+                f"deformable attention: {num_heads} heads do not divide {embed_dims} channels: set heads to a divisor"
+            )
         with warnings.catch_warnings():
             # A head's width that is no power of two is slower in CUDA; the papers' sizes are what they are.
             warnings.filterwarnings("ignore", message="You'd better set embed_dims")
@@ -127,22 +133,31 @@ class GeometryCompensation(nn.Module):
 
     Args:
         channels: channels of the map.
-        kind: ``attention``: :class:`DeformableSelfAttention`; ``deform_conv``: two deformable 3x3 convolutions;
-            ``conv``: two plain ones. Between convolutions is a ReLU. The last layer starts at zero.
+        kind: `attention`: `DeformableSelfAttention`; `deform_conv`: two deformable 3x3 convolutions;
+            `conv`: two plain ones. Between convolutions is a ReLU. The last layer starts at zero.
         heads: of attention.
         points: of attention, by head.
         position: rows and columns of the map, of attention whose cells shall know where they are; None: they do not.
     """
 
-    def __init__(self, channels: int, kind: str = "attention", heads: int = 8, points: int = 10,
-                 position: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kind: str = "attention",
+        heads: int = 8,
+        points: int = 10,
+        position: list[int] | None = None,
+    ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"compensation kind {kind!r} must be one of {', '.join(KINDS)}")
         if position is not None and kind != "attention":
             raise ValueError(f"compensation position {position} needs kind attention, the kind is {kind!r}")
-        self.layers: nn.Module = (DeformableSelfAttention(channels, heads, points) if kind == "attention"
-                                  else two_convolutions(channels, deformable=kind == "deform_conv"))
+        self.layers: nn.Module = (
+            DeformableSelfAttention(channels, heads, points)
+            if kind == "attention"
+            else two_convolutions(channels, deformable=kind == "deform_conv")
+        )
         self.position = None if position is None else LearnedPosition(channels, *position)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,8 +181,10 @@ class LearnedPosition(nn.Module):
         """
         rows, columns = self.row.shape[1], self.column.shape[1]
         if shape != (rows, columns):
-            raise ValueError(f"compensation position [{rows}, {columns}] for a map of {list(shape)}: set it to "
-                             "rows and columns of the map, or to null")
+            raise ValueError(
+                f"compensation position [{rows}, {columns}] for a map of {list(shape)}: set it to "
+                "rows and columns of the map, or to null"
+            )
         return torch.cat([self.column[:, None].expand(-1, rows, -1), self.row[:, :, None].expand(-1, -1, columns)])
 
 
@@ -218,19 +235,20 @@ class _FullPrecision(nn.Module):
             ValueError: while a graph is exported: no operator of it does what mmcv's does.
         """
         if torch.compiler.is_exporting():
-            raise ValueError(f"export of {type(self).__name__}: only detectors without dcn, in backbone and head, can "
-                             "be exported")
+            raise ValueError(
+                f"export of {type(self).__name__}: only detectors without dcn, in backbone and head, can be exported"
+            )
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(full(x).contiguous())
 
 
 class FullPrecisionDCN(_FullPrecision, DeformConv2dPack):
-    """mmcv's ``DCN`` of maps in any memory layout, in float32 under autocast."""
+    """mmcv's `DCN` of maps in any memory layout, in float32 under autocast."""
 
 
 @MODELS.register_module()
 class FullPrecisionDCNv2(_FullPrecision, ModulatedDeformConv2dPack):
-    """mmcv's ``DCNv2`` in the same way, for mmdet's backbones: ``dcn: {type: FullPrecisionDCNv2}``."""
+    """mmcv's `DCNv2` in the same way, for mmdet's backbones: `dcn: {type: FullPrecisionDCNv2}`."""
 
 
 def two_convolutions(channels: int, deformable: bool) -> nn.Sequential:

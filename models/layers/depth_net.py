@@ -35,12 +35,11 @@ class DepthBins:
         return self.low + (torch.arange(self.count, device=device) + 0.5) * self.step
 
     def index(self, depth: Tensor) -> Tensor:
-        """Bin of each depth, int64; outside [low, high) it is below 0 or at least ``count``."""
+        """Bin of each depth, int64; outside [low, high) it is below 0 or at least `count`."""
         return torch.floor((depth - self.low) / self.step).long()
 
 
-def camera_parameters(intrinsics: Tensor, image_aug: Tensor, lidar_SE3_cam: Tensor,
-                      size: tuple[int, int]) -> Tensor:
+def camera_parameters(intrinsics: Tensor, image_aug: Tensor, lidar_SE3_cam: Tensor, size: tuple[int, int]) -> Tensor:
     """What a depth network must know of a camera, each near 1 in size.
 
     Args:
@@ -64,8 +63,13 @@ class CameraGate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(CAMERA_PARAMETERS, channels), nn.ReLU(inplace=True),
-                                 nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(CAMERA_PARAMETERS, channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels, channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels, channels),
+        )
 
     def forward(self, x: Tensor, camera: Tensor) -> Tensor:
         """Feature map [M, C, h, w] gated by normalised parameters [M, 22]."""
@@ -86,8 +90,11 @@ class DepthNet(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, context_channels: int, bins: int, blocks: int = 3) -> None:
         super().__init__()
         self.split = (bins, context_channels)
-        self.reduce = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False),
-                                    nn.BatchNorm2d(mid_channels), nn.ReLU(inplace=True))
+        self.reduce = nn.Sequential(
+            nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(mid_channels),
+            nn.ReLU(inplace=True),
+        )
         self.normalise = nn.BatchNorm1d(CAMERA_PARAMETERS)
         self.context_gate, self.depth_gate = CameraGate(mid_channels), CameraGate(mid_channels)
         self.context = nn.Conv2d(mid_channels, context_channels, 1)
@@ -109,7 +116,7 @@ def depth_loss(logits: Tensor, depth: Tensor, bins: DepthBins, kind: Literal["bc
         logits: [B, N, D, h, w].
         depth: [B, N, h, w] metres; 0 where no point fell.
         bins: the depth bins.
-        kind: ``bce`` sums a binary term per bin of the softmax, as BEVDepth does; ``ce`` is cross-entropy.
+        kind: `bce` sums a binary term per bin of the softmax, as BEVDepth does; `ce` is cross-entropy.
 
     Returns:
         Mean over the cells, of all processes, that have a depth inside the bins; 0 without any.
@@ -118,8 +125,10 @@ def depth_loss(logits: Tensor, depth: Tensor, bins: DepthBins, kind: Literal["bc
         ValueError: if the shapes differ.
     """
     if depth.shape != (*logits.shape[:2], *logits.shape[3:]):
-        raise ValueError(f"depth supervision is {list(depth.shape)}, the depth network's map {list(logits.shape)}: "
-                         "input.depth_stride must be the stride of the image neck")
+        raise ValueError(
+            f"depth supervision is {list(depth.shape)}, the depth network's map {list(logits.shape)}: "
+            "input.depth_stride must be the stride of the image neck"
+        )
     index = bins.index(depth)
     known = (depth > 0) & (index >= 0) & (index < bins.count)
     log_p = logits.movedim(2, -1)[known].float().log_softmax(-1)

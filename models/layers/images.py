@@ -25,7 +25,7 @@ class ImageEncoder(BaseModule):
 
     Args:
         backbone: config of an mmdet backbone.
-        neck: config of a neck with ``out_channels``, whose (first) output has stride ``stride``.
+        neck: config of a neck with `out_channels`, whose (first) output has stride `stride`.
         stride: pixels per cell of the neck's output.
     """
 
@@ -48,13 +48,15 @@ class ImageEncoder(BaseModule):
         x = (images.flatten(0, 1).float() - self.mean) / self.std
         features = first(self.neck(self.backbone(x.contiguous(memory_format=torch.channels_last))))
         if features.shape[-2:] != (height // self.stride, width // self.stride):
-            raise ValueError(f"the image neck's map is {list(features.shape[-2:])} for images {height}x{width}: "
-                             f"stride {self.stride} does not describe it")
+            raise ValueError(
+                f"the image neck's map is {list(features.shape[-2:])} for images {height}x{width}: "
+                f"stride {self.stride} does not describe it"
+            )
         return features.unflatten(0, images.shape[:2])
 
 
 def resized(batch: Batch, size: tuple[int, int], stride: int) -> Batch:
-    """A batch whose images are ``size`` pixels high and wide, with the matrices and the depth that belong to them.
+    """A batch whose images are `size` pixels high and wide, with the matrices and the depth that belong to them.
 
     Args:
         batch: it is left alone; the result shares what does not change.
@@ -69,14 +71,16 @@ def resized(batch: Batch, size: tuple[int, int], stride: int) -> Batch:
     smaller.images = images.round().to(torch.uint8).unflatten(0, batch.images.shape[:3])
     down, right = size[0] / height, size[1] / width
     # Whole numbers are the centres of pixels.
-    smaller.image_aug = batch.image_aug.new_tensor(
-        [[right, 0, (right - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]]) @ batch.image_aug
+    smaller.image_aug = (
+        batch.image_aug.new_tensor([[right, 0, (right - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
+        @ batch.image_aug
+    )
     smaller.depth = depth_at(batch, size, stride)
     return smaller
 
 
 def depth_at(batch: Batch, size: tuple[int, int], stride: int) -> Tensor:
-    """The supervision of depth [B, N, h, w] alone that :func:`resized` gives a batch, without its images' cost."""
+    """The supervision of depth [B, N, h, w] alone that `resized` gives a batch, without its images' cost."""
     if batch.images.shape[-2:] == size or not batch.depth.numel():
         return batch.depth
     return nearest_depth(batch.depth, (size[0] // stride, size[1] // stride))

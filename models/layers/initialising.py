@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 
 
 def initialise(*modules: BaseModule) -> None:
-    """Initialise the weights of mmengine's modules by their ``init_cfg``, which may name a checkpoint."""
+    """Initialise the weights of mmengine's modules by their `init_cfg`, which may name a checkpoint."""
     level = logging.root.manager.disable
     logging.disable(logging.INFO)  # mmengine reports every parameter
     try:

@@ -25,11 +25,11 @@ class Lifted(NamedTuple):
     depth: Tensor
     """[B, N, D, h, w] logits."""
     views: Tensor | None = None
-    """[B, N * C, H, W], where asked for: the cameras' parts of ``bev`` one after another."""
+    """[B, N * C, H, W], where asked for: the cameras' parts of `bev` one after another."""
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tap ``bev_view``, where it was asked for."""
+        """The tap `bev_view`, where it was asked for."""
         return {} if self.views is None else {"bev_view": self.views}
 
 
@@ -40,14 +40,15 @@ class LiftSplat(nn.Module):
         grid: on which the map ends.
         in_channels: of the image features.
         stride: pixels per cell of the image features.
-        depth_net: ``mid_channels``, ``context_channels``, ``blocks`` of :class:`~models.layers.depth_net.DepthNet`.
+        depth_net: `mid_channels`, `context_channels`, `blocks` of `models.layers.depth_net.DepthNet`.
         bins: of depth.
         downsample: cells are pooled this many times finer than the grid's, then convolutions bring them onto it
             (BEVFusion pools at 0.3 m for a grid of 0.6 m). 1: pooled on the grid, no convolution.
     """
 
-    def __init__(self, grid: Grid, in_channels: int, stride: int, depth_net: dict[str, Any], bins: DepthBins,
-                 downsample: int = 1) -> None:
+    def __init__(
+        self, grid: Grid, in_channels: int, stride: int, depth_net: dict[str, Any], bins: DepthBins, downsample: int = 1
+    ) -> None:
         super().__init__()
         self.cells = Grid(grid.range, grid.cell / downsample, grid.z)
         self.stride, self.bins = stride, bins
@@ -72,8 +73,12 @@ class LiftSplat(nn.Module):
         # The pose of the current frame for every frame: cameras are mounted rigidly, and the pose of a past frame
         # holds the ego motion, which says nothing about depth.
         height, width = batch.images.shape[-2:]
-        camera = camera_parameters(batch.intrinsics[:, frame].flatten(0, 1), batch.image_aug[:, frame].flatten(0, 1),
-                                   batch.lidar_SE3_cam[:, 0].flatten(0, 1), (height, width))
+        camera = camera_parameters(
+            batch.intrinsics[:, frame].flatten(0, 1),
+            batch.image_aug[:, frame].flatten(0, 1),
+            batch.lidar_SE3_cam[:, 0].flatten(0, 1),
+            (height, width),
+        )
         logits, context = self.depth_net(features.flatten(0, 1), camera.float())
         cells, depth = self._cells(batch, frame, features.shape[-2:], views), logits.unflatten(0, features.shape[:2])
         if not views:
@@ -91,8 +96,11 @@ class LiftSplat(nn.Module):
         features = context.permute(0, 2, 3, 1).flatten(0, 2)
         depth = logits.permute(0, 2, 3, 1).flatten(0, 2).float().softmax(-1)
         count = maps * self.cells.size**2
-        pooled = (bev_pool_by_product(features.float(), depth, cells, count) if torch.compiler.is_exporting()
-                  else bev_pool(features, depth, pool_index(cells, count)))
+        pooled = (
+            bev_pool_by_product(features.float(), depth, cells, count)
+            if torch.compiler.is_exporting()
+            else bev_pool(features, depth, pool_index(cells, count))
+        )
         return pooled.view(maps, self.cells.size, self.cells.size, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -122,5 +130,14 @@ class LiftSplat(nn.Module):
 
 def reduction(channels: int, stride: int) -> nn.Sequential:
     """Three 3x3 convolutions with batch norm and ReLU, of which the middle one has the stride (BEVFusion)."""
-    return nn.Sequential(*(layer for step in (1, stride, 1) for layer in (
-        nn.Conv2d(channels, channels, 3, stride=step, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())))
+    return nn.Sequential(
+        *(
+            layer
+            for step in (1, stride, 1)
+            for layer in (
+                nn.Conv2d(channels, channels, 3, stride=step, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            )
+        )
+    )

@@ -1,8 +1,8 @@
 """Operators that fail on maps in channels-last layout.
 
 Image and BEV backbones run in channels-last layout, which is faster. Most of mmcv's operators take the memory of every
-map for contiguous: some refuse such a map on a CPU (``DCN``), others compute garbage from it without a word (``DCNv2``,
-``RoIAlign``, ``RoIAlignRotated``). One of torch's convolutions writes where it must not, see :class:`Pointwise`.
+map for contiguous: some refuse such a map on a CPU (`DCN`), others compute garbage from it without a word (`DCNv2`,
+`RoIAlign`, `RoIAlignRotated`). One of torch's convolutions writes where it must not, see `Pointwise`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,14 @@ class Pointwise(nn.Conv2d):
     @staticmethod
     def stands_for(module: nn.Module) -> bool:
         """Whether a module is a convolution that oneDNN fails on."""
-        return (type(module) is nn.Conv2d and module.kernel_size == (1, 1) and max(module.stride) > 1
-                and module.padding == (0, 0) and module.groups == 1 and module.in_channels < AVX2_LANES)
+        return (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and max(module.stride) > 1
+            and module.padding == (0, 0)
+            and module.groups == 1
+            and module.in_channels < AVX2_LANES
+        )
 
 
 def read_any_layout(model: nn.Module) -> None:
@@ -53,7 +59,7 @@ def read_any_layout(model: nn.Module) -> None:
 
     Average RoIAlign is replaced by this project's operator, which reads any layout as it is. Deformable convolutions
     get a forward pass in full precision. The inputs of mmcv's other operators are copied where they are not contiguous.
-    Strided pointwise convolutions of few channels become :class:`Pointwise`. Operators that a module calls as a
+    Strided pointwise convolutions of few channels become `Pointwise`. Operators that a module calls as a
     function, not as a module, are not seen.
 
     Args:

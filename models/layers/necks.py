@@ -33,13 +33,20 @@ class SECONDFPN(BaseModule):
         use_conv_for_no_stride: a level that has the size already gets a convolution, not a transposed one.
     """
 
-    def __init__(self, in_channels: Sequence[int] = (128, 128, 256), out_channels: Sequence[int] = (256, 256, 256),
-                 upsample_strides: Sequence[float] = (1, 2, 4), norm_cfg: dict[str, Any] | None = None,
-                 use_conv_for_no_stride: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int] = (128, 128, 256),
+        out_channels: Sequence[int] = (256, 256, 256),
+        upsample_strides: Sequence[float] = (1, 2, 4),
+        norm_cfg: dict[str, Any] | None = None,
+        use_conv_for_no_stride: bool = False,
+    ) -> None:
         super().__init__(init_cfg={"type": "Kaiming", "layer": "ConvTranspose2d"})
         if not len(in_channels) == len(out_channels) == len(upsample_strides):
-            raise ValueError(f"SECONDFPN in_channels {list(in_channels)}, out_channels {list(out_channels)}, "
-                             f"upsample_strides {list(upsample_strides)}: give one of each per level")
+            raise ValueError(
+                f"SECONDFPN in_channels {list(in_channels)}, out_channels {list(out_channels)}, "
+                f"upsample_strides {list(upsample_strides)}: give one of each per level"
+            )
         norm_cfg = norm_cfg or {"type": "BN", "eps": 1e-3, "momentum": 0.01}
         self.deblocks = nn.ModuleList()
         for before, after, stride in zip(in_channels, out_channels, upsample_strides, strict=True):
@@ -72,10 +79,13 @@ class ConcatFPN(BaseModule):
         if len(in_channels) < 2:
             raise ValueError(f"ConcatFPN in_channels {in_channels}: two levels or more are needed")
         coarser = [*[out_channels] * (len(in_channels) - 2), in_channels[-1]]
-        self.joins = nn.ModuleList(ConvModule(fine + coarse, out_channels, 1, norm_cfg=NORM)
-                                   for fine, coarse in zip(in_channels[:-1], coarser, strict=True))
-        self.smooths = nn.ModuleList(ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=NORM)
-                                     for _ in coarser)
+        self.joins = nn.ModuleList(
+            ConvModule(fine + coarse, out_channels, 1, norm_cfg=NORM)
+            for fine, coarse in zip(in_channels[:-1], coarser, strict=True)
+        )
+        self.smooths = nn.ModuleList(
+            ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=NORM) for _ in coarser
+        )
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """[B, out_channels, h, w] of levels [B, C, h, w], [B, C, h / 2, w / 2] and so on."""
@@ -91,7 +101,7 @@ class ConcatFPN(BaseModule):
 class UpsamplingFPN(BaseModule):
     """The first and the last level of a BEV backbone, joined at the size of the first, then upsampled.
 
-    BEVFusion calls it LSSFPN. It interpolates between the centres of the corner cells (``align_corners``).
+    BEVFusion calls it LSSFPN. It interpolates between the centres of the corner cells (`align_corners`).
 
     Args:
         in_channels: of the backbone's levels; those between the first and the last are not read.

@@ -1,4 +1,4 @@
-"""Point clouds to BEV maps with shapes that depend on no value: what an exported graph holds of ``PointLift``.
+"""Point clouds to BEV maps with shapes that depend on no value: what an exported graph holds of `PointLift`.
 
 The pillars that hold points are as many as the scene makes them; here every cell of the map is one.
 """
@@ -19,8 +19,10 @@ def lift_padded(voxelize: Voxelization, encoder: nn.Module, middle: nn.Module, p
         ValueError: naming what of the lift cannot be done with fixed shapes.
     """
     if not isinstance(encoder, PointwisePillarNet) or not isinstance(middle, PointPillarsScatter):
-        raise ValueError(f"export of {type(encoder).__name__} and {type(middle).__name__}: only pillars of "
-                         "PointwisePillarNet on PointPillarsScatter have a graph of fixed shapes")
+        raise ValueError(
+            f"export of {type(encoder).__name__} and {type(middle).__name__}: only pillars of "
+            "PointwisePillarNet on PointPillarsScatter have a graph of fixed shapes"
+        )
     cells = middle.ny * middle.nx
     _check_limit(voxelize, min(len(points), cells))
     xyz = points[:, :3]
@@ -54,5 +56,7 @@ def _check_limit(voxelize: Voxelization, most: int) -> None:
     """Refuse a lift that may have to leave pillars out: which ones depends on the points."""
     limit = voxelize.max_voxels[1]
     if most > limit:
-        raise ValueError(f"export of a lift with voxel.max_voxels {limit}: {most} pillars may hold points, and a graph "
-                         f"of fixed shapes leaves none out; train with max_voxels {most}")
+        raise ValueError(
+            f"export of a lift with voxel.max_voxels {limit}: {most} pillars may hold points, and a graph "
+            f"of fixed shapes leaves none out; train with max_voxels {most}"
+        )

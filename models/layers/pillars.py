@@ -18,7 +18,7 @@ from models.layers.registry import MODELS
 class PointwisePillarNet(BaseModule):
     """PointPillars' feature net over the points that exist.
 
-    mmdet3d's ``PillarFeatureNet`` runs over every slot of every pillar, most of them empty, and counts those in its
+    mmdet3d's `PillarFeatureNet` runs over every slot of every pillar, most of them empty, and counts those in its
     batch statistics and its maximum. This one takes the same arguments and inputs, leaves the empty slots out, and
     scales every coordinate to about [-1, 1]: in metres the position in the scene, up to 50, hides the position in the
     pillar, up to 0.5, which is what places a box.
@@ -31,12 +31,20 @@ class PointwisePillarNet(BaseModule):
         norm_cfg: config of the normalisation.
     """
 
-    def __init__(self, in_channels: int, feat_channels: list[int], voxel_size: list[float],
-                 point_cloud_range: list[float], norm_cfg: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        feat_channels: list[int],
+        voxel_size: list[float],
+        point_cloud_range: list[float],
+        norm_cfg: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if len(feat_channels) != 1:
-            raise ValueError(f"PointwisePillarNet feat_channels {feat_channels} must be one number: "
-                             "use PillarFeatureNet for several layers")
+            raise ValueError(
+                f"PointwisePillarNet feat_channels {feat_channels} must be one number: "
+                "use PillarFeatureNet for several layers"
+            )
         self.linear = nn.Linear(in_channels + 6, feat_channels[0], bias=False)
         self.norm = build_norm_layer(norm_cfg or {"type": "BN1d", "eps": 1e-3, "momentum": 0.1}, feat_channels[0])[1]
         low, high = torch.tensor(point_cloud_range).view(2, 3)

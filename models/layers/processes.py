@@ -23,7 +23,7 @@ def across_processes(count: Tensor) -> tuple[Tensor, int]:
 def divisor(count: Tensor) -> Tensor:
     """What each process divides its sum by for a mean over a count [...] of all processes, taken as 1 at least.
 
-    See :func:`across_processes`.
+    See `across_processes`.
     """
     total, processes = across_processes(count)
     return total.clamp(min=1) / processes

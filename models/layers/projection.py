@@ -41,7 +41,7 @@ def seen(centers: Tensor, heights: Sequence[float], batch: Batch, frame: int = 0
     """Which camera sees which pillar: [B, N, H, W] bool.
 
     Args:
-        centers: [H, W, 2] of the pillars, metres, as ``Grid.centers`` gives them.
+        centers: [H, W, 2] of the pillars, metres, as `Grid.centers` gives them.
         heights: metres; a pillar is seen where its point at one of them is.
         batch: with the cameras.
         frame: of the batch.
@@ -72,6 +72,7 @@ def cameras(batch: Batch, frame: int) -> tuple[Tensor, Tensor]:
 def inverse3(matrix: Tensor) -> Tensor:
     """Inverse of matrices [..., 3, 3], by cross products: ONNX has no operator for it."""
     first, second, third = matrix.unbind(-1)
-    rows = torch.stack([torch.linalg.cross(second, third), torch.linalg.cross(third, first),
-                        torch.linalg.cross(first, second)], dim=-2)
+    rows = torch.stack(
+        [torch.linalg.cross(second, third), torch.linalg.cross(third, first), torch.linalg.cross(first, second)], dim=-2
+    )
     return rows / (first * rows[..., 0, :]).sum(-1)[..., None, None]

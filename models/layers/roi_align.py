@@ -1,6 +1,6 @@
-"""RoIAlign: features of boxes as small grids, read from a map by ``embedding_bag``.
+"""RoIAlign: features of boxes as small grids, read from a map by `embedding_bag`.
 
-He et al., "Mask R-CNN", ICCV 2017; the same numbers as mmcv's operator with ``aligned`` and average pooling. That one
+He et al., "Mask R-CNN", ICCV 2017; the same numbers as mmcv's operator with `aligned` and average pooling. That one
 takes every map for contiguous, which a map in channels-last layout is not, and computes garbage from it without a word;
 this one reads any layout, and on a CPU it is several times as fast. torchvision's operator (0.29.1) is right on any
 layout, too, but has no build beside torch's for CPUs, which would make the environment 5.5 GB larger; forward and
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class RoIAlign(nn.Module):
-    """mmcv's layer of that name; see :func:`roi_align`.
+    """mmcv's layer of that name; see `roi_align`.
 
     Args:
         output_size: cells along the sides of the grid: one number, or height and width.
@@ -57,14 +57,17 @@ def roi_align(features: Tensor, rois: Tensor, shape: tuple[int, int], scale: flo
     cells = (rois[:, [4, 3]] - rois[:, [2, 1]]) * scale / rois.new_tensor(shape)
     counts, group = cells.ceil().clamp(min=1).long().unique(dim=0, return_inverse=True)
     members = [(group == i).nonzero().squeeze(1) for i in range(len(counts))]
-    parts = [_sampled(table, features.shape, rois[chosen], shape, scale, (rows, columns))
-             for chosen, (rows, columns) in zip(members, counts.tolist(), strict=True)]
+    parts = [
+        _sampled(table, features.shape, rois[chosen], shape, scale, (rows, columns))
+        for chosen, (rows, columns) in zip(members, counts.tolist(), strict=True)
+    ]
     return torch.cat(parts)[torch.cat(members).argsort()]
 
 
-def _sampled(table: Tensor, size: torch.Size, rois: Tensor, shape: tuple[int, int], scale: float,
-             samples: tuple[int, int]) -> Tensor:
-    """:func:`roi_align` with as many points per cell in all boxes, of a map as rows [B H W, C]."""
+def _sampled(
+    table: Tensor, size: torch.Size, rois: Tensor, shape: tuple[int, int], scale: float, samples: tuple[int, int]
+) -> Tensor:
+    """`roi_align` with as many points per cell in all boxes, of a map as rows [B H W, C]."""
     _, channels, height, width = size
     y, y_weight = _axis(rois[:, 2] * scale, rois[:, 4] * scale, shape[0], samples[0], height)
     x, x_weight = _axis(rois[:, 1] * scale, rois[:, 3] * scale, shape[1], samples[1], width)
@@ -72,8 +75,9 @@ def _sampled(table: Tensor, size: torch.Size, rois: Tensor, shape: tuple[int, in
     index = row[:, :, None, :, None] * width + x[:, None, :, None, :]
     weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
     bag = index.shape[-2] * index.shape[-1]
-    sums = F.embedding_bag(index.reshape(-1, bag), table, per_sample_weights=weight.to(table.dtype).reshape(-1, bag),
-                           mode="sum")
+    sums = F.embedding_bag(
+        index.reshape(-1, bag), table, per_sample_weights=weight.to(table.dtype).reshape(-1, bag), mode="sum"
+    )
     return sums.view(len(rois), *shape, channels).permute(0, 3, 1, 2)
 
 

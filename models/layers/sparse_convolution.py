@@ -24,8 +24,10 @@ def require_spconv(name: str) -> None:
         ModuleNotFoundError: spconv is missing; with what to do.
     """
     if importlib.util.find_spec("spconv") is None:
-        raise ModuleNotFoundError(f"the middle encoder {name} needs sparse convolutions: run `make setup`, which "
-                                  "brings those for this machine, or use pillars")
+        raise ModuleNotFoundError(
+            f"the middle encoder {name} needs sparse convolutions: run `make setup`, which "
+            "brings those for this machine, or use pillars"
+        )
     train_without_cuda()
     add_up_on_one_thread()
 

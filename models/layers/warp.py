@@ -10,19 +10,20 @@ SNAP = 1e-4
 """Cells; a source this close to a cell's centre is that centre, so that flips and quarter turns are exact."""
 
 
-def warp_bev(maps: Tensor, bev_aug: Tensor, extent: float, out_extent: float | None = None,
-             present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def warp_bev(
+    maps: Tensor, bev_aug: Tensor, extent: float, out_extent: float | None = None, present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Bilinear warp of maps in the LiDAR frame into the augmented frame.
 
     Exact for flips and quarter turns. The values are taken as they are: a map whose values depend on the frame
-    (offsets, velocities) must not be warped so; for head maps there is :func:`models.head.head_maps.warp_head`. Fastest
+    (offsets, velocities) must not be warped so; for head maps there is `models.head.head_maps.warp_head`. Fastest
     for maps whose channels lie last in memory.
 
     Args:
         maps: [B, C, H, W] with H = W, over +-extent metres.
         bev_aug: [B, 4, 4] LiDAR frame -> augmented frame, invertible in the plane.
         extent: half the side of the maps, metres.
-        out_extent: half the side of the result; smaller than ``extent`` where the maps carry a halo. Default: equal.
+        out_extent: half the side of the result; smaller than `extent` where the maps carry a halo. Default: equal.
         present: [B, H, W] bool, cells whose values are known. Default: all.
 
     Returns:

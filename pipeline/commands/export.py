@@ -111,11 +111,16 @@ def published(root: Path, key: str) -> Path:
     Raises:
         StageError: there is none of that name; names those that are there.
     """
-    folders = {path.parent.name: path.parent for kind in ("teachers", "students")
-               for path in sorted((root / "outputs" / kind).glob(f"*/{WEIGHTS}"))}
+    folders = {
+        path.parent.name: path.parent
+        for kind in ("teachers", "students")
+        for path in sorted((root / "outputs" / kind).glob(f"*/{WEIGHTS}"))
+    }
     if key not in folders:
-        raise StageError(f"export {key!r}: no such student (<variant>-<seed>) or teacher in outputs; there are: "
-                         f"{', '.join(folders) or 'none, run the study first'}")
+        raise StageError(
+            f"export {key!r}: no such student (<variant>-<seed>) or teacher in outputs; there are: "
+            f"{', '.join(folders) or 'none, run the study first'}"
+        )
     return folders[key]
 
 
@@ -130,8 +135,10 @@ def load_student(folder: Path) -> Detector:
     except ValueError as error:
         raise StageError(f"export {folder.name!r}: {error}") from error
     if "points" in detector.sensors:
-        raise StageError(f"export {folder.name!r}: {type(detector).__name__} reads LiDAR; only detectors that read "
-                         "cameras or RADAR leave")
+        raise StageError(
+            f"export {folder.name!r}: {type(detector).__name__} reads LiDAR; only detectors that read "
+            "cameras or RADAR leave"
+        )
     return detector
 
 
@@ -236,19 +243,28 @@ def _forget_origin(program: ExportedProgram) -> None:
 
 def _check(difference: Difference) -> None:
     """Refuse files that compute something else than the student."""
-    wrong = [f"{FILES[name]}: {output} {value:.2g}" for name, by in difference.items() for output, value in by.items()
-             if not value <= TOLERANCE]
+    wrong = [
+        f"{FILES[name]}: {output} {value:.2g}"
+        for name, by in difference.items()
+        for output, value in by.items()
+        if not value <= TOLERANCE
+    ]
     if wrong:
-        raise StageError(f"the exported student differs from the published one by more than {TOLERANCE:g}, nothing was "
-                         f"written: {', '.join(wrong[:10])}")
+        raise StageError(
+            f"the exported student differs from the published one by more than {TOLERANCE:g}, nothing was "
+            f"written: {', '.join(wrong[:10])}"
+        )
 
 
 def description(key: str, folder: Path, student: Student, inputs: Maps, made: Path) -> dict[str, Any]:
     """What whoever runs the files must know: inputs, outputs, how boxes are read off them, and what they are."""
     with torch.no_grad():
         outputs = student(inputs)
-    files = {name: {"file": file, "bytes": (made / file).stat().st_size} for name, file in FILES.items()
-             if (made / file).exists()}
+    files = {
+        name: {"file": file, "bytes": (made / file).stat().st_size}
+        for name, file in FILES.items()
+        if (made / file).exists()
+    }
     return {
         "key": key,
         "model": type(student.student).__name__,

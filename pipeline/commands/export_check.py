@@ -24,8 +24,7 @@ Difference = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def compare(runners: Mapping[str, Runner], samples: Sequence[Maps], detector: Detector,
-            threshold: float) -> Difference:
+def compare(runners: Mapping[str, Runner], samples: Sequence[Maps], detector: Detector, threshold: float) -> Difference:
     """Largest absolute differences from the runner EAGER, by runner and output.
 
     Args:

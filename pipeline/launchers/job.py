@@ -82,8 +82,10 @@ class Job:
         passed = {k: v for k, v in os.environ.items() if k in _PASSED or k.startswith(_PREFIXES)}
         passed |= {k: v for k, v in os.environ.items() if k.lower() in _PROXIES}
         passed["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        return passed | {UNDER: launcher, "PIPELINE_LAUNCHER": "torchrun"} | (
-            {"PIPELINE_GPU_LEASES": ""} if gpus_given else {}
+        return (
+            passed
+            | {UNDER: launcher, "PIPELINE_LAUNCHER": "torchrun"}
+            | ({"PIPELINE_GPU_LEASES": ""} if gpus_given else {})
         )
 
 

@@ -64,15 +64,11 @@ def gallery(study: Study, evaluations: Path, count: int) -> Gallery:
 
 
 def _manifest(folder: Path, arm: Arm) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_published(
-        folder / "pictures.json", f"run `dvc repro {arm.stage}@{arm.first_key}`"
-    )
+    manifest: dict[str, Any] = read_published(folder / "pictures.json", f"run `dvc repro {arm.stage}@{arm.first_key}`")
     return manifest
 
 
-def _scene(
-    study: Study, evaluations: Path, entries: dict[str, dict[str, Any]], widths: dict[str, int]
-) -> Scene:
+def _scene(study: Study, evaluations: Path, entries: dict[str, dict[str, Any]], widths: dict[str, int]) -> Scene:
     truth_key = study.baseline.first_key
     entry = entries[truth_key]
     panels = {}

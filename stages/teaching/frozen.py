@@ -78,7 +78,7 @@ class View:
     Args:
         detector: built for that extent.
         dataset: the samples, cropped to that extent, with boxes where foreground is asked for.
-        taps: what is wanted of it, ``boxes`` included.
+        taps: what is wanted of it, `boxes` included.
         foreground: of them, those that come with a mask of the cells near an object.
         score_threshold: of the boxes.
         halo: metres beyond the grid.

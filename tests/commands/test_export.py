@@ -67,8 +67,11 @@ def root(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with an index of a city, and the weights of a student, of a LiDAR teacher and of a fusion teacher."""
     root = tmp_path_factory.mktemp("project")
     build_index(city, "v1.0-trainval", ("train", "val"), root / "outputs/index")
-    overlay = {"data": {"worlds": [], "dataroot": str(city)}, "input": {"image": {"size": [32, 64]}},
-               "evaluate": {"score_threshold": 0.3}}
+    overlay = {
+        "data": {"worlds": [], "dataroot": str(city)},
+        "input": {"image": {"size": [32, 64]}},
+        "evaluate": {"score_threshold": 0.3},
+    }
     with (root / "params.yaml").open("w") as file:
         YAML().dump(merge(read_yaml(ROOT / "params.yaml"), overlay), file)
     models = {f"students/{KEY}": camera_config(), "teachers/lidar": lidar_config(), "teachers/fusion": fusion_config()}
@@ -149,8 +152,18 @@ def test_the_description_alone_tells_how_boxes_are_read(
         np.testing.assert_allclose([ours[0], *ours[2]], [other[0], *other[2]], rtol=1e-4, atol=1e-4)
 
 
-CLASS_NAMES = ["car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle",
-               "pedestrian", "traffic_cone"]
+CLASS_NAMES = [
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+]
 
 
 def boxes_of(decoding: dict[str, Any], maps: dict[str, np.ndarray]) -> list[tuple[float, str, list[float]]]:
@@ -193,9 +206,12 @@ def test_the_files_hold_the_students_weights_and_nothing_else(
     assert all(torch.equal(held[name], weights[name]) for name in weights)
     model = onnx.load(exported / "model.onnx")
     arrays = {one.name.removeprefix("student."): onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    norms = {f"{name}.{part}" for name, module in load_detector(root / f"outputs/students/{KEY}").named_modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-             for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    norms = {
+        f"{name}.{part}"
+        for name, module in load_detector(root / f"outputs/students/{KEY}").named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
     assert weights.keys() - arrays.keys() <= norms
     made = {name: value.size for name, value in arrays.items() if name not in weights}
     parameters = sum(value.numel() for value in weights.values())
@@ -232,8 +248,9 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(root: Path, mon
 PILLARS = {"max_points": 8, "max_voxels": export.RADAR_RETURNS}
 KINDS = {
     "two frames and RADAR": camera_config(frames=2, radar=RADAR_MAP | {"voxel": {"size": [0.8, 0.8], **PILLARS}}),
-    "simulated fusion": simulated_config(image_compensation=COMPENSATION["image_compensation"],
-                                         bev_compensation={"kind": "deform_conv"}),
+    "simulated fusion": simulated_config(
+        image_compensation=COMPENSATION["image_compensation"], bev_compensation={"kind": "deform_conv"}
+    ),
     "transformer": bevformer_config(layers=1),
     "RADAR": radar_config(voxel={"size": [0.4, 0.4], **PILLARS}),
 }
@@ -259,11 +276,14 @@ def test_every_kind_of_student_leaves(kind: str, tmp_path: Path) -> None:
     assert not torch.equal(student(made)["task0_dim"], student(other)["task0_dim"])
 
 
-@pytest.mark.parametrize(("key", "message"), [
-    ("two-words-4", "no such student .* or teacher in outputs; there are: fusion, lidar, two-words-3"),
-    ("lidar", "'lidar': LidarCenterPoint reads LiDAR"),
-    ("fusion", "'fusion': BEVFusion reads LiDAR"),
-])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("two-words-4", "no such student .* or teacher in outputs; there are: fusion, lidar, two-words-3"),
+        ("lidar", "'lidar': LidarCenterPoint reads LiDAR"),
+        ("fusion", "'fusion': BEVFusion reads LiDAR"),
+    ],
+)
 def test_what_cannot_leave_is_refused(root: Path, key: str, message: str) -> None:
     with pytest.raises(StageError, match=message):
         export.run(root, key=key, out=None, formats=["onnx"], samples=1)

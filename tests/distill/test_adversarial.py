@@ -13,8 +13,13 @@ from distill import TermConfig
 from distill.adversarial import AdversarialTerm, Discriminator, ramp, reverse_gradient
 from models.ports import Prediction
 
-CONFIG = {"student": "bev_neck", "teacher": "lidar.bev_lift", "adapter": {"kind": "grl_disc", "width": 8},
-          "distance": "bce_adv", "weight": 0.1}
+CONFIG = {
+    "student": "bev_neck",
+    "teacher": "lidar.bev_lift",
+    "adapter": {"kind": "grl_disc", "width": 8},
+    "distance": "bce_adv",
+    "weight": 0.1,
+}
 STUDENT, TEACHER, SIZE = 6, 5, 16
 
 
@@ -184,10 +189,13 @@ def test_the_discriminators_slope_is_bounded() -> None:
             assert largest == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv: use none"),
-    ({"adapter": {"kind": "decoder"}}, "adapter 'decoder' does not apply to bce_adv: use grl_disc"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv: use none"),
+        ({"adapter": {"kind": "decoder"}}, "adapter 'decoder' does not apply to bce_adv: use grl_disc"),
+    ],
+)
 def test_settings_that_do_not_apply_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         term(**change)

@@ -21,8 +21,14 @@ from models.ports import Prediction
 
 CHANNELS, STRIDE, CLASSES, CAMERAS = 6, 8, 3, 2
 SIZE = (64, 96)
-CONFIG = {"student": "pv", "teacher": "instance.inst2d", "mask": {"kind": "teacher_conf", "threshold": 0.5},
-          "adapter": {"kind": "mask_rcnn", "width": 16}, "distance": "maskrcnn", "weight": 0.3}
+CONFIG = {
+    "student": "pv",
+    "teacher": "instance.inst2d",
+    "mask": {"kind": "teacher_conf", "threshold": 0.5},
+    "adapter": {"kind": "mask_rcnn", "width": 16},
+    "distance": "maskrcnn",
+    "weight": 0.3,
+}
 PARTS = {"rpn_cls", "rpn_bbox", "cls", "bbox", "mask"}
 
 
@@ -39,8 +45,12 @@ def instances(*given: tuple[tuple[int, int, int, int], int, float]) -> Instances
     for mask, ((x0, y0, x1, y1), _, _) in zip(masks, given, strict=True):
         mask[y0:y1, x0:x1] = 1
     boxes = torch.tensor([box for box, _, _ in given], dtype=torch.float32).view(-1, 4)
-    return Instances(boxes, torch.tensor([label for _, label, _ in given], dtype=torch.long),
-                     torch.tensor([score for _, _, score in given]), masks)
+    return Instances(
+        boxes,
+        torch.tensor([label for _, label, _ in given], dtype=torch.long),
+        torch.tensor([score for _, _, score in given]),
+        masks,
+    )
 
 
 NOTHING = instances()
@@ -72,8 +82,9 @@ def test_losses_are_those_of_mmdets_heads() -> None:
     info = {"img_shape": SIZE, "pad_shape": SIZE, "ori_shape": SIZE, "scale_factor": (1.0, 1.0)}
     samples = [DetDataSample(metainfo=info) for _ in range(2)]
     for sample, given in zip(samples, (LEFT, RIGHT), strict=True):
-        sample.gt_instances = InstanceData(bboxes=given.boxes, labels=given.labels,
-                                           masks=BitmapMasks(given.masks.numpy(), *SIZE))
+        sample.gt_instances = InstanceData(
+            bboxes=given.boxes, labels=given.labels, masks=BitmapMasks(given.masks.numpy(), *SIZE)
+        )
     objects = copy.deepcopy(samples)
     for sample in objects:
         sample.gt_instances.labels.zero_()
@@ -167,19 +178,22 @@ def test_a_mask_teaches_the_features_where_it_is() -> None:
     heads.losses(maps, [given], size)["mask"].backward()
     assert maps.grad is not None
     taught = maps.grad.abs().sum((0, 1)) > 0
-    assert taught[y0 // STRIDE:y1 // STRIDE, x0 // STRIDE:x1 // STRIDE].all()
+    assert taught[y0 // STRIDE : y1 // STRIDE, x0 // STRIDE : x1 // STRIDE].all()
     rows, columns = (STRIDE * cells for cells in taught.nonzero().T)
     # A cell more, because features are interpolated.
     assert columns.min() >= x0 - (x1 - x0) - STRIDE
     assert rows.max() + STRIDE <= y1 + (y1 - y0) + STRIDE
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"student": "bev_neck"}, "tap 'pv', not with 'bev_neck'"),
-    ({"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
-    ({"adapter": {"kind": "decoder"}}, "adapter 'decoder' does not apply to instances"),
-    ({"distance": "l1"}, "distance 'l1' does not apply to instances"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"student": "bev_neck"}, "tap 'pv', not with 'bev_neck'"),
+        ({"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
+        ({"adapter": {"kind": "decoder"}}, "adapter 'decoder' does not apply to instances"),
+        ({"distance": "l1"}, "distance 'l1' does not apply to instances"),
+    ],
+)
 def test_what_does_not_apply_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         term(**config)

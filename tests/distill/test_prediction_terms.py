@@ -25,15 +25,25 @@ MAP: dict[str, Any] = {"distance": "l2", "normalise": False, "weight": 1.0}
 HEAD: dict[str, Any] = {"student": "head", "teacher": "fusion.head", "weight": 0.25}
 SIMDISTILL: dict[str, dict[str, Any]] = {
     "imd": MAP | {"student": "bev_lift_camera", "teacher": "fusion.bev_lift_camera"},
-    "cmd": MAP | {"student": "bev_lift_simulated", "teacher": "fusion.bev_lift_lidar", "mask": {"kind": "gt_gauss"},
-                  "adapter": {"kind": "conv3x3bnrelu"}, "weight": 100.0},
+    "cmd": MAP
+    | {
+        "student": "bev_lift_simulated",
+        "teacher": "fusion.bev_lift_lidar",
+        "mask": {"kind": "gt_gauss"},
+        "adapter": {"kind": "conv3x3bnrelu"},
+        "weight": 100.0,
+    },
     "mmdf": MAP | {"student": "bev_fused", "teacher": "fusion.bev_fused"},
     "mmdp_cls": HEAD | {"distance": "qfl"},
     "mmdp_box": HEAD | {"mask": {"kind": "gt_centers"}, "distance": "sl1", "beta": 1 / 9, "code_weights": CODE_WEIGHTS},
 }
 STUDENT = {"bev_lift_camera": CHANNELS, "bev_lift_simulated": CHANNELS, "bev_fused": WIDE}
-TEACHER = {"fusion.bev_lift_camera": CHANNELS, "fusion.bev_lift_lidar": WIDE, "fusion.bev_fused": WIDE,
-           "fusion.head": 10 + 10 * len(TASKS)}
+TEACHER = {
+    "fusion.bev_lift_camera": CHANNELS,
+    "fusion.bev_lift_lidar": WIDE,
+    "fusion.bev_fused": WIDE,
+    "fusion.head": 10 + 10 * len(TASKS),
+}
 STD = {name: torch.full((channels,), 3.0) for name, channels in TEACHER.items()}
 
 
@@ -45,15 +55,22 @@ def recipe(*names: str, **changes: Any) -> Recipe:
 
 def random_head(seed: int, samples: int = 2) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [{name: torch.randn(samples, channels, CELLS, CELLS, generator=generator)
-             for name, channels in (REGRESSION | {"heatmap": classes}).items()} for classes in TASKS]
+    return [
+        {
+            name: torch.randn(samples, channels, CELLS, CELLS, generator=generator)
+            for name, channels in (REGRESSION | {"heatmap": classes}).items()
+        }
+        for classes in TASKS
+    ]
 
 
 def student(seed: int = 1) -> Prediction:
     """Of random taps and maps that have a gradient."""
     generator = torch.Generator().manual_seed(seed)
-    taps = {tap: torch.randn(2, channels, CELLS, CELLS, generator=generator).requires_grad_()
-            for tap, channels in STUDENT.items()}
+    taps = {
+        tap: torch.randn(2, channels, CELLS, CELLS, generator=generator).requires_grad_()
+        for tap, channels in STUDENT.items()
+    }
     head = random_head(seed)
     for maps in (maps for task in head for maps in task.values()):
         maps.requires_grad_()
@@ -62,8 +79,11 @@ def student(seed: int = 1) -> Prediction:
 
 def teacher(seed: int = 2) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    maps = {tap: torch.randn(2, channels, CELLS, CELLS, generator=generator).relu().requires_grad_()
-            for tap, channels in TEACHER.items() if tap != "fusion.head"}
+    maps = {
+        tap: torch.randn(2, channels, CELLS, CELLS, generator=generator).relu().requires_grad_()
+        for tap, channels in TEACHER.items()
+        if tap != "fusion.head"
+    }
     return maps | {"fusion.head": head_map(random_head(seed)).requires_grad_()}
 
 
@@ -114,8 +134,9 @@ def test_what_a_teacher_says_where_nothing_is_known_has_no_effect(name: str) -> 
     valid = torch.rand(2, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(5)) < 0.5
     changed = torch.where(valid, outputs[tap], 3.0)
     everywhere = terms(prediction, outputs, batch, 0.0)[name]
-    masked, same = (terms(prediction, {tap: maps, f"{tap}.valid": valid}, batch, 0.0)[name]
-                    for maps in (outputs[tap], changed))
+    masked, same = (
+        terms(prediction, {tap: maps, f"{tap}.valid": valid}, batch, 0.0)[name] for maps in (outputs[tap], changed)
+    )
     assert torch.equal(masked, same)
     assert not torch.isclose(masked, everywhere)
 
@@ -156,8 +177,13 @@ def test_features_are_compared_as_they_are() -> None:
 
 def arrays(head: list[dict[str, Tensor]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Codes [B, 10, H, W] and heatmap logits [B, C, H, W] of each task in float64."""
-    return [(torch.cat([task[name] for name in REGRESSION], 1).detach().double().numpy(),
-             task["heatmap"].detach().double().numpy()) for task in head]
+    return [
+        (
+            torch.cat([task[name] for name in REGRESSION], 1).detach().double().numpy(),
+            task["heatmap"].detach().double().numpy(),
+        )
+        for task in head
+    ]
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -179,8 +205,11 @@ def test_heatmaps_are_compared_as_probabilities_that_are_made_once() -> None:
     assert found == pytest.approx(sum(quality(sigmoid(s), sigmoid(t)) for s, t in logits), rel=1e-5)
     twice = sum(quality(sigmoid(sigmoid(s)), sigmoid(sigmoid(t))) for s, t in logits)
     assert abs(found - twice) > 0.5 * found  # the release's defect would be seen
-    given_probabilities = {"fusion.head": torch.cat([torch.cat([task[name] for name in REGRESSION] +
-                                                               [task["heatmap"].sigmoid()], 1) for task in theirs], 1)}
+    given_probabilities = {
+        "fusion.head": torch.cat(
+            [torch.cat([task[name] for name in REGRESSION] + [task["heatmap"].sigmoid()], 1) for task in theirs], 1
+        )
+    }
     wrong = float(recipe("mmdp_cls", weight=1.0)(prediction, given_probabilities, truth(), 0.0)["mmdp_cls"])
     assert abs(found - wrong) > 0.1 * found
 

@@ -21,25 +21,55 @@ from models.head.center_head import REGRESSION
 from models.ports import Prediction, head_map
 from tests.models.factory import CAMERAS, IMAGE, camera_config, lidar_config, random_batch, random_boxes
 
-CLS = {"student": "head", "teacher": "lidar.boxes", "mask": {"kind": "teacher_conf", "threshold": 0.3},
-       "distance": "qfl", "weight": 1.0}
+CLS = {
+    "student": "head",
+    "teacher": "lidar.boxes",
+    "mask": {"kind": "teacher_conf", "threshold": 0.3},
+    "distance": "qfl",
+    "weight": 1.0,
+}
 REG = CLS | {"distance": "sl1", "weight": 0.25}
-XFD = {"student": "bev_neck", "teacher": "lidar.bev_lift", "mask": {"kind": "balanced"},
-       "adapter": {"kind": "decoder"}, "distance": "l1", "weight": 0.3}
+XFD = {
+    "student": "bev_neck",
+    "teacher": "lidar.bev_lift",
+    "mask": {"kind": "balanced"},
+    "adapter": {"kind": "decoder"},
+    "distance": "l1",
+    "weight": 0.3,
+}
 DIRECT = XFD | {"adapter": {"kind": "id"}, "distance": "l2", "mask": {"kind": "none"}}
 FLAT = REG | {"mask": {"kind": "teacher_conf", "threshold": 0.3, "weighted": False}}
 DENSE = {"teacher": "online.head", "mask": {"kind": "teacher_conf", "threshold": 0.3}}
-XAT = {"student": "bev_neck", "teacher": "lidar.bev_lift", "adapter": {"kind": "grl_disc", "width": 8},
-       "distance": "bce_adv", "weight": 0.1}
-XIS = {"student": "pv", "teacher": "instance.inst2d", "mask": {"kind": "teacher_conf", "threshold": 0.5},
-       "adapter": {"kind": "mask_rcnn", "width": 16}, "distance": "maskrcnn", "weight": 0.3}
+XAT = {
+    "student": "bev_neck",
+    "teacher": "lidar.bev_lift",
+    "adapter": {"kind": "grl_disc", "width": 8},
+    "distance": "bce_adv",
+    "weight": 0.1,
+}
+XIS = {
+    "student": "pv",
+    "teacher": "instance.inst2d",
+    "mask": {"kind": "teacher_conf", "threshold": 0.5},
+    "adapter": {"kind": "mask_rcnn", "width": 16},
+    "distance": "maskrcnn",
+    "weight": 0.3,
+}
 TERMS = {
-    "xod_cls": CLS, "xod_gfl": CLS | {"distance": "gfl"}, "xod_reg": REG, "xod_reg_flat": FLAT,
-    "xod_dense_cls": CLS | DENSE, "xod_dense_gfl": CLS | DENSE | {"distance": "gfl"}, "xod_dense_reg": REG | DENSE,
+    "xod_cls": CLS,
+    "xod_gfl": CLS | {"distance": "gfl"},
+    "xod_reg": REG,
+    "xod_reg_flat": FLAT,
+    "xod_dense_cls": CLS | DENSE,
+    "xod_dense_gfl": CLS | DENSE | {"distance": "gfl"},
+    "xod_dense_reg": REG | DENSE,
     "xod_dense_flat": FLAT | DENSE | {"mask": FLAT["mask"]},
-    "xfd": XFD, "xfd_all": XFD | {"mask": {"kind": "none"}},
+    "xfd": XFD,
+    "xfd_all": XFD | {"mask": {"kind": "none"}},
     "xfd_direct": XFD | {"mask": {"kind": "none"}, "adapter": {"kind": "conv1x1"}},
-    "xfd_gauss": XFD | {"mask": {"kind": "gt_gauss"}}, "xat": XAT, "xis": XIS,
+    "xfd_gauss": XFD | {"mask": {"kind": "gt_gauss"}},
+    "xat": XAT,
+    "xis": XIS,
 }
 """One of each kind of X³KD's terms."""
 AGREEING = [name for name, term in TERMS.items() if name.startswith("xod") and term["distance"] != "gfl"]
@@ -56,8 +86,14 @@ def student() -> Detector:
 
 def recipe(student: Detector, teacher_channels: int = 12, std: Tensor | None = None, **terms: dict[str, Any]) -> Recipe:
     channels = {"lidar.bev_lift": teacher_channels, "lidar.head": HEAD_CHANNELS, "online.head": HEAD_CHANNELS}
-    return Recipe({name: TermConfig(**term) for name, term in terms.items()}, student.targets, student.tap_channels,
-                  channels, None if std is None else {"lidar.bev_lift": std}, stride=8)
+    return Recipe(
+        {name: TermConfig(**term) for name, term in terms.items()},
+        student.targets,
+        student.tap_channels,
+        channels,
+        None if std is None else {"lidar.bev_lift": std},
+        stride=8,
+    )
 
 
 def teacher_boxes(count: int, seed: int = 5) -> Tensor:
@@ -71,10 +107,15 @@ def teacher_outputs(batch: Any, channels: int = 12, count: int = 10) -> dict[str
     lift = torch.randn(len(batch.boxes), channels, SIZE, SIZE, generator=generator).relu()
     lift = lift * (torch.rand(len(batch.boxes), 1, SIZE, SIZE, generator=generator) < 0.3)
     head = 2 * torch.randn(len(batch.boxes), HEAD_CHANNELS, SIZE, SIZE, generator=generator) - 1
-    return {"lidar.boxes": [teacher_boxes(count, 5 + i) for i in range(len(batch.boxes))], "lidar.bev_lift": lift,
-            "online.head": head, "lidar.head": head.clone(),
-            "instance.inst2d": [[instances(min(count, 3), seed=9 * i + j) for j in range(CAMERAS)]
-                                for i in range(len(batch.boxes))]}
+    return {
+        "lidar.boxes": [teacher_boxes(count, 5 + i) for i in range(len(batch.boxes))],
+        "lidar.bev_lift": lift,
+        "online.head": head,
+        "lidar.head": head.clone(),
+        "instance.inst2d": [
+            [instances(min(count, 3), seed=9 * i + j) for j in range(CAMERAS)] for i in range(len(batch.boxes))
+        ],
+    }
 
 
 def instances(count: int, seed: int) -> Any:
@@ -104,8 +145,10 @@ def agreeing(student: Detector, boxes: list[Tensor], threshold: float = 0.3) -> 
             code[i, task][:, targets.cell[i, task, valid]] = targets.code[i, task, valid].T
     logits = torch.logit(heat.double().clamp(1e-12, 1 - 1e-7)).float().split(encoder.task_sizes, dim=1)
     parts = code.view(-1, 6, 10, SIZE, SIZE).split(list(REGRESSION.values()), dim=2)
-    head = [{name: part[:, task] for name, part in zip(REGRESSION, parts, strict=True)} | {"heatmap": logits[task]}
-            for task in range(6)]
+    head = [
+        {name: part[:, task] for name, part in zip(REGRESSION, parts, strict=True)} | {"heatmap": logits[task]}
+        for task in range(6)
+    ]
     return Prediction(head, {})
 
 
@@ -114,8 +157,9 @@ def test_terms_on_outputs_are_zero_where_the_student_agrees(student: Detector, n
     boxes = [teacher_boxes(6, 1), teacher_boxes(4, 2)]
     head = agreeing(student, boxes).head
     if "dense" in name:  # what is below the threshold is background
-        head = [task | {"heatmap": task["heatmap"].masked_fill(task["heatmap"].sigmoid() <= 0.3, -30.0)}
-                for task in head]
+        head = [
+            task | {"heatmap": task["heatmap"].masked_fill(task["heatmap"].sigmoid() <= 0.3, -30.0)} for task in head
+        ]
     outputs = {"lidar.boxes": boxes, "online.head": head_map(head)}
     terms = recipe(student, x=TERMS[name])
     assert terms(Prediction(head, {}), outputs, random_batch(), 0.0)["x"] < 1e-6
@@ -128,8 +172,11 @@ def test_every_term_teaches_the_student_and_its_own_modules_only(student: Detect
     batch = random_batch()
     outputs = teacher_outputs(batch)
     outputs["lidar.boxes"] = [boxes.requires_grad_() for boxes in outputs["lidar.boxes"]]
-    leaves = [*outputs["lidar.boxes"], outputs["lidar.bev_lift"].requires_grad_(),
-              outputs["online.head"].requires_grad_()]
+    leaves = [
+        *outputs["lidar.boxes"],
+        outputs["lidar.bev_lift"].requires_grad_(),
+        outputs["online.head"].requires_grad_(),
+    ]
     torch.manual_seed(3)
     terms = recipe(student, x=TERMS[name])
     student.zero_grad()
@@ -228,8 +275,16 @@ def test_what_a_teacher_says_below_the_threshold_has_no_effect(student: Detector
         start += 10 + size
     doubtful = [[extended(image) for image in cameras] for cameras in outputs["instance.inst2d"]]
     torch.manual_seed(0)
-    after = terms(prediction, {"lidar.boxes": [torch.cat([b, unsure]) for b in outputs["lidar.boxes"]],
-                               "online.head": maps, "instance.inst2d": doubtful}, batch, 0.0)
+    after = terms(
+        prediction,
+        {
+            "lidar.boxes": [torch.cat([b, unsure]) for b in outputs["lidar.boxes"]],
+            "online.head": maps,
+            "instance.inst2d": doubtful,
+        },
+        batch,
+        0.0,
+    )
     assert before == after
 
 
@@ -260,8 +315,9 @@ def test_a_flat_regression_counts_every_box_alike(student: Detector) -> None:
     boxes = teacher_boxes(2)
     boxes[:, 9] = torch.tensor([0.9, 0.45])
     terms = recipe(student, x=FLAT | {"weight": 1.0})
-    both, one, two = (terms(student(batch), {"lidar.boxes": [chosen]}, batch, 0.0)["x"]
-                      for chosen in (boxes, boxes[:1], boxes[1:]))
+    both, one, two = (
+        terms(student(batch), {"lidar.boxes": [chosen]}, batch, 0.0)["x"] for chosen in (boxes, boxes[:1], boxes[1:])
+    )
     torch.testing.assert_close(both, (one + two) / 2)
 
 
@@ -283,8 +339,10 @@ def test_confident_boxes_weigh_more_in_the_regression(student: Detector) -> None
     boxes[:, 9] = torch.tensor([0.9, 0.45])
     prediction = student(batch)
     terms = recipe(student, reg=REG | {"weight": 1.0})
-    both, one, two = (float(terms(prediction, {"lidar.boxes": [chosen]}, batch, 0.0)["reg"])
-                      for chosen in (boxes, boxes[:1], boxes[1:]))
+    both, one, two = (
+        float(terms(prediction, {"lidar.boxes": [chosen]}, batch, 0.0)["reg"])
+        for chosen in (boxes, boxes[:1], boxes[1:])
+    )
     # Alone, a box's score divides out up to 1: sums of score-weighted distances.
     assert both == pytest.approx((one + two) / 1.35, rel=1e-4)
 
@@ -326,8 +384,10 @@ def test_cells_that_are_masked_have_no_effect(student: Detector) -> None:
         assert losses[0] == losses[1]
     occupied = (outputs["lidar.bev_lift"] != 0).any(1, keepdim=True)
     terms = recipe(student, 32, direct=DIRECT | {"mask": {"kind": "occupied"}})
-    losses = [terms(Prediction([], {"bev_neck": x}), outputs, batch, 0.0)["direct"]
-              for x in (source, torch.where(occupied, source, source + 100))]
+    losses = [
+        terms(Prediction([], {"bev_neck": x}), outputs, batch, 0.0)["direct"]
+        for x in (source, torch.where(occupied, source, source + 100))
+    ]
     assert losses[0] == losses[1]
 
 
@@ -402,8 +462,11 @@ def test_no_train_only_module_is_in_the_student_and_the_teacher_stays(student: D
     with torch.no_grad():
         prediction = teacher(batch, ["bev_lift", "head"])
     boxes = [torch.cat([d.boxes, d.scores[:, None], d.labels[:, None]], 1) for d in teacher.decode(prediction)]
-    outputs = teacher_outputs(batch) | {"lidar.boxes": boxes, "lidar.bev_lift": prediction.taps["bev_lift"],
-                                        "online.head": prediction.taps["head"]}
+    outputs = teacher_outputs(batch) | {
+        "lidar.boxes": boxes,
+        "lidar.bev_lift": prediction.taps["bev_lift"],
+        "online.head": prediction.taps["head"],
+    }
     losses = terms(learner(batch, terms.student_taps), outputs, batch, 0.5)
     torch.stack([value for name, value in losses.items() if name in TERMS]).sum().backward()
     optimiser.step()
@@ -440,39 +503,59 @@ def test_instances_need_a_student_with_images(student: Detector) -> None:
         Recipe({"x": TermConfig(**XIS)}, student.targets, {"bev_neck": 32}, {})
 
 
-@pytest.mark.parametrize(("term", "message"), [
-    (CLS | {"student": "bev_neck"}, "term 'x': a teacher's output compares with .* head, not with its tap 'bev_neck'"),
-    (CLS | {"mask": {"kind": "balanced"}}, "'balanced' does not apply to outputs .* qfl: use none or teacher_conf"),
-    (REG | {"mask": {"kind": "gt_centers"}}, "'gt_centers' does not apply to outputs .* sl1: use none or teacher_conf"),
-    (CLS | {"adapter": {"kind": "decoder"}}, "does not apply to outputs"),
-    (XFD | {"mask": {"kind": "teacher_conf"}}, "mask 'teacher_conf' does not apply to dense maps"),
-    (XFD | {"distance": "qfl"}, "distance 'qfl' does not apply to dense maps"),
-    (CLS | {"distance": "bce_adv"}, "distance 'bce_adv' does not apply to outputs"),
-    (XAT | {"student": "head"}, "the student has no dense tap 'head'"),
-    (XAT | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv"),
-    (CLS | DENSE | {"mask": {"kind": "gt_centers"}}, "does not apply to outputs .* qfl: use teacher_conf or none"),
-    (REG | DENSE | {"mask": {"kind": "none"}}, "does not apply to outputs .* sl1: use teacher_conf or gt_centers"),
-    (CLS | DENSE | {"mask": {"kind": "none"}, "distance": "gfl"}, "does not apply to outputs .* gfl: use teacher_conf"),
-    (CLS | {"teacher": "other.head"}, r"the store has no dense tap 'other\.head'"),
-    (XIS | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
-    (XFD | {"teacher": "online.bev_lift", "mask": {"kind": "phi_softmax"}}, r"no dense tap 'online\.bev_lift'"),
-    (XFD | {"adapter": {"kind": "id"}}, "keeps the student's 32 channels, the teacher's tap has 12"),
-    (XFD | {"student": "bev_prev"}, "the student has no dense tap 'bev_prev'"),
-    (XFD | {"teacher": "fusion.bev_fused"}, r"the store has no dense tap 'fusion\.bev_fused'"),
-])
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            CLS | {"student": "bev_neck"},
+            "term 'x': a teacher's output compares with .* head, not with its tap 'bev_neck'",
+        ),
+        (CLS | {"mask": {"kind": "balanced"}}, "'balanced' does not apply to outputs .* qfl: use none or teacher_conf"),
+        (
+            REG | {"mask": {"kind": "gt_centers"}},
+            "'gt_centers' does not apply to outputs .* sl1: use none or teacher_conf",
+        ),
+        (CLS | {"adapter": {"kind": "decoder"}}, "does not apply to outputs"),
+        (XFD | {"mask": {"kind": "teacher_conf"}}, "mask 'teacher_conf' does not apply to dense maps"),
+        (XFD | {"distance": "qfl"}, "distance 'qfl' does not apply to dense maps"),
+        (CLS | {"distance": "bce_adv"}, "distance 'bce_adv' does not apply to outputs"),
+        (XAT | {"student": "head"}, "the student has no dense tap 'head'"),
+        (XAT | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to bce_adv"),
+        (CLS | DENSE | {"mask": {"kind": "gt_centers"}}, "does not apply to outputs .* qfl: use teacher_conf or none"),
+        (REG | DENSE | {"mask": {"kind": "none"}}, "does not apply to outputs .* sl1: use teacher_conf or gt_centers"),
+        (
+            CLS | DENSE | {"mask": {"kind": "none"}, "distance": "gfl"},
+            "does not apply to outputs .* gfl: use teacher_conf",
+        ),
+        (CLS | {"teacher": "other.head"}, r"the store has no dense tap 'other\.head'"),
+        (XIS | {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to instances"),
+        (XFD | {"teacher": "online.bev_lift", "mask": {"kind": "phi_softmax"}}, r"no dense tap 'online\.bev_lift'"),
+        (XFD | {"adapter": {"kind": "id"}}, "keeps the student's 32 channels, the teacher's tap has 12"),
+        (XFD | {"student": "bev_prev"}, "the student has no dense tap 'bev_prev'"),
+        (XFD | {"teacher": "fusion.bev_fused"}, r"the store has no dense tap 'fusion\.bev_fused'"),
+    ],
+)
 def test_terms_that_make_no_sense_are_named(student: Detector, term: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(student, x=term)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"teacher": "lidar"}, "must be <teacher>.<tap>"), ({"distance": "cosine"}, "distance"),
-    ({"weight": -1}, "weight"), ({"wieght": 1}, "wieght"), ({"start": 2}, "start"),
-    ({"normalise": False}, "normalise has no effect on qfl of 'head': leave it out"),
-    ({"beta": 0.5}, "beta has no effect on qfl"), ({"code_weights": [1.0] * 10}, "code_weights has no effect on qfl"),
-    (REG | {"beta": 0.0}, "beta"), (REG | {"code_weights": [1.0] * 9}, "code_weights"),
-    (XFD | {"code_weights": [1.0] * 10}, "code_weights has no effect on l1 of 'bev_neck'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": "lidar"}, "must be <teacher>.<tap>"),
+        ({"distance": "cosine"}, "distance"),
+        ({"weight": -1}, "weight"),
+        ({"wieght": 1}, "wieght"),
+        ({"start": 2}, "start"),
+        ({"normalise": False}, "normalise has no effect on qfl of 'head': leave it out"),
+        ({"beta": 0.5}, "beta has no effect on qfl"),
+        ({"code_weights": [1.0] * 10}, "code_weights has no effect on qfl"),
+        (REG | {"beta": 0.0}, "beta"),
+        (REG | {"code_weights": [1.0] * 9}, "code_weights"),
+        (XFD | {"code_weights": [1.0] * 10}, "code_weights has no effect on l1 of 'bev_neck'"),
+    ],
+)
 def test_wrong_term_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TermConfig(**(CLS | change))

@@ -73,8 +73,11 @@ def visible(batch: Any, sample: int, camera: int, x: float, y: float) -> bool:
     pose = (batch.bev_aug[sample] @ batch.lidar_SE3_cam[sample, 0, camera]).double().numpy()
     for z in (-4.0, -2.0, 0.0, 2.0):
         point = np.linalg.inv(pose) @ np.array([x, y, z, 1.0])
-        pixel = (batch.image_aug[sample, 0, camera].double().numpy()
-                 @ batch.intrinsics[sample, 0, camera].double().numpy() @ point[:3])
+        pixel = (
+            batch.image_aug[sample, 0, camera].double().numpy()
+            @ batch.intrinsics[sample, 0, camera].double().numpy()
+            @ point[:3]
+        )
         column, row = pixel[:2] / pixel[2] + 0.5
         if pixel[2] > 0.1 and 0 <= column <= IMAGE[1] and 0 <= row <= IMAGE[0]:
             return True
@@ -113,8 +116,11 @@ def window(maps: Tensor, previous: Tensor, known: Tensor, sample: int, row: int,
     """Cosines of a cell with its known neighbours in the previous map."""
     cell = maps[sample, :, row, column].double().numpy()
     near = [(row + dy, column + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    return [cosine(cell, previous[sample, :, r, c].double().numpy()) for r, c in near
-            if 0 <= r < CELLS and 0 <= c < CELLS and known[sample, 0, r, c]]
+    return [
+        cosine(cell, previous[sample, :, r, c].double().numpy())
+        for r, c in near
+        if 0 <= r < CELLS and 0 <= c < CELLS and known[sample, 0, r, c]
+    ]
 
 
 def temporal(ours: dict[str, Tensor], theirs: dict[str, Tensor], batch: Any, valid: Tensor, known: Tensor) -> float:
@@ -243,8 +249,10 @@ def test_a_pillar_that_nobody_sees_does_not_count_and_one_camera_alone_has_nothi
     filled = {"bev_view": torch.where(nobody, 7.0, ours["bev_view"])}
     assert torch.equal(loss("cos_rel", filled, theirs, batch), before)
     alone = seen & (seen.sum(1, keepdim=True) == 1)
-    student, teacher = ({"bev_view": alone.repeat_interleave(OURS, 1) * (ours["bev_view"] + 9)},
-                        {"large.bev_view": alone.repeat_interleave(THEIRS, 1) * (theirs["large.bev_view"] + 9)})
+    student, teacher = (
+        {"bev_view": alone.repeat_interleave(OURS, 1) * (ours["bev_view"] + 9)},
+        {"large.bev_view": alone.repeat_interleave(THEIRS, 1) * (theirs["large.bev_view"] + 9)},
+    )
     assert loss("cos_rel", student, teacher, batch) < 1e-6
 
 
@@ -280,8 +288,9 @@ def test_samples_without_a_previous_keyframe_have_no_temporal_relation() -> None
 @pytest.mark.parametrize("cells", [5, 20])
 def test_a_student_on_another_grid_is_brought_to_the_teachers(distance: str, cells: int) -> None:
     ours, theirs, batch = draw(STUDENT, 1, cells), draw(TEACHER, 2), sample_batch()
-    brought = {tap: torch.nn.functional.interpolate(maps, (CELLS, CELLS), mode="bilinear")
-               for tap, maps in ours.items()}
+    brought = {
+        tap: torch.nn.functional.interpolate(maps, (CELLS, CELLS), mode="bilinear") for tap, maps in ours.items()
+    }
     torch.testing.assert_close(loss(distance, ours, theirs, batch), loss(distance, brought, theirs, batch))
 
 
@@ -303,15 +312,26 @@ def test_a_recipe_names_the_taps_of_both_keyframes(distance: str) -> None:
     assert terms.terms["x"].config.teacher_taps == terms.teacher_taps
 
 
-@pytest.mark.parametrize(("distance", "change", "message"), [
-    ("cos_rel", {"mask": {"kind": "none"}}, "mask 'none' does not apply to cos_rel: use visible_views"),
-    ("kl_rel", {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to kl_rel: use none"),
-    ("attention", {"mask": {"kind": "phi_softmax"}, "teacher": "large.bev_lift"}, "'large.head'"),
-    ("similarity", {"adapter": {"kind": "conv1x1"}}, "adapter 'conv1x1' does not apply to similarity, which needs no"),
-    ("cos_rel", {"student": "bev_lift"}, "does not compare 'bev_lift' with 'large.bev_view': use 'bev_view' of both"),
-    ("kl_rel", {"teacher": "large.bev_view"}, "use 'bev_lift' of both"),
-    ("attention", {"student": "pv"}, "the student has no dense tap 'pv'"),
-])
+@pytest.mark.parametrize(
+    ("distance", "change", "message"),
+    [
+        ("cos_rel", {"mask": {"kind": "none"}}, "mask 'none' does not apply to cos_rel: use visible_views"),
+        ("kl_rel", {"mask": {"kind": "balanced"}}, "mask 'balanced' does not apply to kl_rel: use none"),
+        ("attention", {"mask": {"kind": "phi_softmax"}, "teacher": "large.bev_lift"}, "'large.head'"),
+        (
+            "similarity",
+            {"adapter": {"kind": "conv1x1"}},
+            "adapter 'conv1x1' does not apply to similarity, which needs no",
+        ),
+        (
+            "cos_rel",
+            {"student": "bev_lift"},
+            "does not compare 'bev_lift' with 'large.bev_view': use 'bev_view' of both",
+        ),
+        ("kl_rel", {"teacher": "large.bev_view"}, "use 'bev_lift' of both"),
+        ("attention", {"student": "pv"}, "the student has no dense tap 'pv'"),
+    ],
+)
 def test_relations_that_make_no_sense_are_named(distance: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(distance, **change)
@@ -329,7 +349,8 @@ def test_a_student_or_a_store_without_a_previous_map_is_named() -> None:
 def test_views_of_another_number_of_cameras_are_named() -> None:
     ours, theirs, batch = draw(STUDENT, 1), draw(TEACHER, 2), copy.copy(sample_batch())
     batch.images, batch.intrinsics, batch.image_aug, batch.lidar_SE3_cam = (
-        values.repeat_interleave(3, 2)[:, :, :8] for values in
-        (batch.images, batch.intrinsics, batch.image_aug, batch.lidar_SE3_cam))
+        values.repeat_interleave(3, 2)[:, :, :8]
+        for values in (batch.images, batch.intrinsics, batch.image_aug, batch.lidar_SE3_cam)
+    )
     with pytest.raises(ValueError, match="bev_view has 12 channels, which 8 cameras cannot share"):
         loss("cos_rel", ours, theirs, batch)

@@ -29,11 +29,17 @@ HEAD: dict[str, Any] = {"student": "head", "teacher": "large.head", "weight": 1.
 RESPONSE: dict[str, dict[str, Any]] = {
     **{f"cls_{mask}": HEAD | {"mask": {"kind": mask}, "distance": "qfl"} for mask in PILLARS},
     **{f"reg_{mask}": HEAD | {"mask": {"kind": mask}, "distance": "sl1"} for mask in PILLARS},
-    "reg_l1": HEAD | PHI | {"distance": "l1"}, "reg_l2": HEAD | PHI | {"distance": "l2"},
+    "reg_l1": HEAD | PHI | {"distance": "l1"},
+    "reg_l2": HEAD | PHI | {"distance": "l2"},
     "logit": HEAD | {"distance": "kl"},
 }
-ANCHOR: dict[str, Any] = {"student": "bev_lift", "teacher": "large.bev_lift", "adapter": {"kind": "projection"},
-                          "distance": "l1", "weight": 1.0}
+ANCHOR: dict[str, Any] = {
+    "student": "bev_lift",
+    "teacher": "large.bev_lift",
+    "adapter": {"kind": "projection"},
+    "distance": "l1",
+    "weight": 1.0,
+}
 CHANNELS = {"large.head": sum(TASKS) + 10 * len(TASKS), "large.bev_lift": THEIRS}
 
 
@@ -45,9 +51,14 @@ def recipe(**terms: dict[str, Any]) -> Recipe:
 def random_head(seed: int, samples: int = 2) -> list[dict[str, Tensor]]:
     """Heads with few scores that matter, as trained ones have them."""
     generator = torch.Generator().manual_seed(seed)
-    return [{name: torch.randn(samples, channels, CELLS, CELLS, generator=generator) * (2 if name == "heatmap" else 1)
-             - (3 if name == "heatmap" else 0) for name, channels in (REGRESSION | {"heatmap": classes}).items()}
-            for classes in TASKS]
+    return [
+        {
+            name: torch.randn(samples, channels, CELLS, CELLS, generator=generator) * (2 if name == "heatmap" else 1)
+            - (3 if name == "heatmap" else 0)
+            for name, channels in (REGRESSION | {"heatmap": classes}).items()
+        }
+        for classes in TASKS
+    ]
 
 
 def loss(term: dict[str, Any], head: list[dict[str, Tensor]], outputs: dict[str, Any], batch: Any) -> Tensor:
@@ -64,8 +75,9 @@ def arrays(head: list[dict[str, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
     return torch.stack(codes, 1).double().numpy(), torch.cat([task["heatmap"] for task in head], 1).double().numpy()
 
 
-def weights(mask: str, score: np.ndarray, valid: np.ndarray, batch: Any, temperature: float = 0.1,
-            clip: float = 20.0) -> np.ndarray:
+def weights(
+    mask: str, score: np.ndarray, valid: np.ndarray, batch: Any, temperature: float = 0.1, clip: float = 20.0
+) -> np.ndarray:
     """[B, H, W] of each cell, from the teacher's scores [B, C, H, W]."""
     if mask == "uniform":
         return valid.astype(float)
@@ -78,8 +90,9 @@ def weights(mask: str, score: np.ndarray, valid: np.ndarray, batch: Any, tempera
     return found
 
 
-def response(term: dict[str, Any], ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], valid: np.ndarray,
-             batch: Any) -> float:
+def response(
+    term: dict[str, Any], ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], valid: np.ndarray, batch: Any
+) -> float:
     """The loss cell by cell."""
     (code, logits), (goal, wanted) = arrays(ours), arrays(theirs)
     p, q = sigmoid(logits), sigmoid(wanted)
@@ -113,8 +126,9 @@ def test_the_response_per_pillar_is_its_formula(name: str, share: float) -> None
 
 def test_logit_distillation_is_the_divergence_of_the_scores() -> None:
     ours, theirs, batch = random_head(1), random_head(2), random_batch()
-    teacher, student = (torch.distributions.Bernoulli(logits=torch.from_numpy(arrays(head)[1]))
-                        for head in (theirs, ours))
+    teacher, student = (
+        torch.distributions.Bernoulli(logits=torch.from_numpy(arrays(head)[1])) for head in (theirs, ours)
+    )
     each = torch.distributions.kl_divergence(teacher, student).sum(1, keepdim=True)
     valid = torch.rand(2, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(5)) < 0.5
     outputs = {"large.head": head_map(theirs)}
@@ -171,9 +185,10 @@ def test_scores_are_made_of_logits_once(name: str) -> None:
 
 
 def phi(score: Tensor, valid: Tensor, **config: Any) -> Tensor:
-    """[B, 1, H, W] that ``phi_softmax`` makes of best scores."""
-    given = MaskInput(torch.zeros_like(score), valid, random_batch(), ENCODER, MaskConfig(kind="phi_softmax", **config),
-                      score)
+    """[B, 1, H, W] that `phi_softmax` makes of best scores."""
+    given = MaskInput(
+        torch.zeros_like(score), valid, random_batch(), ENCODER, MaskConfig(kind="phi_softmax", **config), score
+    )
     return PILLARS["phi_softmax"](given)
 
 
@@ -214,8 +229,12 @@ def test_the_feature_anchor_weighs_cells_as_the_response_does(mask: str) -> None
     weight, bias = (parameter.detach().numpy() for parameter in (adapter.conv.weight, adapter.conv.bias))
     projected = np.einsum("dc,bchw->bdhw", weight[:, :, 0, 0], ours.numpy()) + bias.reshape(-1, 1, 1)
     score = enlarged(sigmoid(arrays(head)[1]).max(1, keepdims=True))
-    weight = weights(mask, score, valid[:, 0].numpy(), batch) if mask != "gt_heat" else enlarged(
-        ENCODER(batch.boxes, batch.labels).heatmap.amax(1, keepdim=True).numpy())[:, 0] * valid[:, 0].numpy()
+    weight = (
+        weights(mask, score, valid[:, 0].numpy(), batch)
+        if mask != "gt_heat"
+        else enlarged(ENCODER(batch.boxes, batch.labels).heatmap.amax(1, keepdim=True).numpy())[:, 0]
+        * valid[:, 0].numpy()
+    )
     error = np.abs(enlarged(projected) - theirs.numpy()).mean(1)
     expected = np.mean([(error[i] * weight[i]).sum() / weight[i].sum() for i in range(2)])
     assert float(found) == pytest.approx(expected, rel=1e-4)
@@ -225,8 +244,10 @@ def test_the_feature_anchor_weighs_cells_as_the_response_does(mask: str) -> None
 def test_cells_of_an_unknown_head_count_as_background_in_the_anchor() -> None:
     terms, batch = recipe(x=ANCHOR | PHI), random_batch()
     taps = {"bev_lift": features(1, OURS, CELLS)}
-    head, quiet = head_map(random_head(2)), head_map([task | {"heatmap": torch.full_like(task["heatmap"], -50.0)}
-                                                     for task in random_head(2)])
+    head, quiet = (
+        head_map(random_head(2)),
+        head_map([task | {"heatmap": torch.full_like(task["heatmap"], -50.0)} for task in random_head(2)]),
+    )
     known = torch.rand(2, 1, CELLS, CELLS, generator=torch.Generator().manual_seed(5)) < 0.5
     outputs = {"large.bev_lift": features(2, THEIRS, CELLS)}
     partly = terms(Prediction([], taps), outputs | {"large.head": head, "large.head.valid": known}, batch, 0.0)["x"]
@@ -239,22 +260,28 @@ def test_the_anchor_is_zero_where_the_projected_student_agrees() -> None:
     terms, batch = recipe(x=ANCHOR | PHI), random_batch()
     adapter: Any = terms.terms["x"].adapter
     ours = features(1, OURS, CELLS).requires_grad_()
-    outputs = {"large.bev_lift": adapter(ours, (CELLS, CELLS)).detach(),
-               "large.head": head_map(random_head(2))}
+    outputs = {"large.bev_lift": adapter(ours, (CELLS, CELLS)).detach(), "large.head": head_map(random_head(2))}
     assert terms(Prediction([], {"bev_lift": ours}), outputs, batch, 0.0)["x"] == 0
-    terms(Prediction([], {"bev_lift": ours}), outputs | {"large.bev_lift": features(2, THEIRS, CELLS)}, batch,
-          0.0)["x"].backward()
+    terms(Prediction([], {"bev_lift": ours}), outputs | {"large.bev_lift": features(2, THEIRS, CELLS)}, batch, 0.0)[
+        "x"
+    ].backward()
     assert ours.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in terms.parameters())
 
 
-@pytest.mark.parametrize(("term", "message"), [
-    (HEAD | PHI | {"distance": "kl"}, "mask 'phi_softmax' does not apply to outputs with distance kl: use none"),
-    (HEAD | PHI | {"distance": "gfl"}, "'phi_softmax' does not apply to outputs with distance gfl: use teacher_conf"),
-    (HEAD | {"mask": {"kind": "balanced"}, "distance": "qfl"}, "or phi_softmax or uniform or gt_heat"),
-    (HEAD | {"teacher": "large.boxes", "distance": "kl"}, "distance 'kl' does not apply to outputs: use one of"),
-    (ANCHOR | {"distance": "kl"}, "distance 'kl' does not apply to dense maps"),
-])
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (HEAD | PHI | {"distance": "kl"}, "mask 'phi_softmax' does not apply to outputs with distance kl: use none"),
+        (
+            HEAD | PHI | {"distance": "gfl"},
+            "'phi_softmax' does not apply to outputs with distance gfl: use teacher_conf",
+        ),
+        (HEAD | {"mask": {"kind": "balanced"}, "distance": "qfl"}, "or phi_softmax or uniform or gt_heat"),
+        (HEAD | {"teacher": "large.boxes", "distance": "kl"}, "distance 'kl' does not apply to outputs: use one of"),
+        (ANCHOR | {"distance": "kl"}, "distance 'kl' does not apply to dense maps"),
+    ],
+)
 def test_responses_that_make_no_sense_are_named(term: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(x=term)
@@ -267,8 +294,13 @@ def test_a_teacher_of_other_tasks_cannot_weigh() -> None:
 
 
 STRUCTURED: dict[str, dict[str, Any]] = {
-    "spatial": {"student": "bev_view", "teacher": "large.bev_view", "mask": {"kind": "visible_views"},
-                "distance": "cos_rel", "weight": 1.0},
+    "spatial": {
+        "student": "bev_view",
+        "teacher": "large.bev_view",
+        "mask": {"kind": "visible_views"},
+        "distance": "cos_rel",
+        "weight": 1.0,
+    },
     "temporal": {"student": "bev_lift", "teacher": "large.bev_lift", "distance": "kl_rel", "weight": 1.0},
     "anchor": ANCHOR | PHI | {"weight": 0.1},
     "cls": RESPONSE["cls_phi_softmax"],
@@ -284,8 +316,9 @@ def test_a_student_learns_from_a_camera_teacher_of_other_widths_that_stays_as_it
     student = build_detector(camera_config(**two, depth_net=depth_net))
     before = copy.deepcopy(teacher.state_dict())
     channels = {f"large.{tap}": count for tap, count in (teacher.tap_channels | {"head": 70}).items()}
-    terms = Recipe({name: TermConfig(**term) for name, term in STRUCTURED.items()}, student.targets,
-                   student.tap_channels, channels)
+    terms = Recipe(
+        {name: TermConfig(**term) for name, term in STRUCTURED.items()}, student.targets, student.tap_channels, channels
+    )
     batch = random_batch(frames=2)
     read = {tap.partition(".")[2] for tap in terms.teacher_taps}
     assert read == {"bev_view", "bev_lift", "bev_prev", "head"}

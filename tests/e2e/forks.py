@@ -16,8 +16,25 @@ from config.graph import Node
 from pipeline.stage import published_since, run_stage
 
 FORK = multiprocessing.get_context("fork")
-MODULES = ("cost", "distill", "evaluate", "evaluate_segmenter", "extract", "features", "film", "fusion", "generate",
-           "large", "needs", "predict", "predict_segmenter", "prepare", "report", "segmenter", "teacher")
+MODULES = (
+    "cost",
+    "distill",
+    "evaluate",
+    "evaluate_segmenter",
+    "extract",
+    "features",
+    "film",
+    "fusion",
+    "generate",
+    "large",
+    "needs",
+    "predict",
+    "predict_segmenter",
+    "prepare",
+    "report",
+    "segmenter",
+    "teacher",
+)
 
 
 def run_all(root: Path, parallel: int = 2) -> set[str]:

@@ -104,8 +104,15 @@ def test_every_part_builds_with_the_sizes_of_the_paper(params: Params) -> None:
     """Shapes of methods.md A.1, the rows of the ablation, and what a segmenter and a LiDAR teacher are."""
     student = build_detector(params.student("x3kd").model)
     assert student.images.backbone.depth == DEPTH[params.profile]
-    assert student.tap_channels == {"pv": 512, "depth": 112, "bev_lift": 80, "bev_view": 480, "bev_prev": 80,
-                                    "bev_fused": 160, "bev_neck": 256}
+    assert student.tap_channels == {
+        "pv": 512,
+        "depth": 112,
+        "bev_lift": 80,
+        "bev_view": 480,
+        "bev_prev": 80,
+        "bev_fused": 160,
+        "bev_neck": 256,
+    }
     assert (student.grid.size, student.stride, params.input.depth_stride) == (128, 16, 16)
     lidar = build_detector(params.teachers["lidar"].model)
     assert lidar.tap_channels == {"bev_lift": 256, "bev_neck": 512}
@@ -133,8 +140,14 @@ def test_simdistill_builds_with_the_sizes_of_the_paper(simdistill: Params) -> No
     assert lidar.tap_channels == {"bev_lift": 256, "bev_neck": 512}
     assert_mmdet3ds_centerpoint(lidar)
     assert camera.tap_channels == {"pv": 256, "depth": 118, "bev_lift": 80, "bev_fused": 80, "bev_neck": 256}
-    assert fusion.tap_channels == {"pv": 256, "depth": 118, "bev_lift_camera": 80, "bev_lift_lidar": 256,
-                                   "bev_fused": 256, "bev_neck": 256}
+    assert fusion.tap_channels == {
+        "pv": 256,
+        "depth": 118,
+        "bev_lift_camera": 80,
+        "bev_lift_lidar": 256,
+        "bev_fused": 256,
+        "bev_neck": 256,
+    }
     zoo = Config.fromfile(IMAGE_CONFIGS / "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py").model.backbone
     swin = shapes(mmdet.registry.MODELS.build(zoo | {"init_cfg": None}))
     assert shapes(fusion.images.backbone) == {name: size for name, size in swin.items() if "norm0." not in name}
@@ -163,7 +176,8 @@ def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> Non
     teacher = build_detector(params.teachers[name].model)
     assert teacher.images.backbone.depth == 101
     assert [type(block[-1].conv2).__name__ for block in deep_stages(teacher)] == (
-        ["FullPrecisionDCNv2"] * 2 if family == "bevformer" else ["Conv2d"] * 2)
+        ["FullPrecisionDCNv2"] * 2 if family == "bevformer" else ["Conv2d"] * 2
+    )
     rows = {row: variant for row, variant in params.variants.items() if row in params.study.variants}
     assert sorted({variant.row.split()[0] for variant in rows.values()}) == sorted(f"C{i}" for i in range(12))
     assert len(rows) == 15, "C0 to C11, of which C11 is four"
@@ -258,11 +272,15 @@ def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroo
 
     terms = {name: TermConfig(**config) for name, config in params.variants["simdistill"].terms.items()}
     taps = [term.teacher.removeprefix("fusion.") for term in terms.values()]
-    outputs = {f"fusion.{tap}": value
-               for tap, value in OnlineTeacher(teacher, taps, 0.0, torch.device("cpu"))(batch).items()}
+    outputs = {
+        f"fusion.{tap}": value for tap, value in OnlineTeacher(teacher, taps, 0.0, torch.device("cpu"))(batch).items()
+    }
     assert {tap: list(value.shape) for tap, value in outputs.items()} == {
-        "fusion.bev_lift_camera": [1, 80, 180, 180], "fusion.bev_lift_lidar": [1, 256, 180, 180],
-        "fusion.bev_fused": [1, 256, 180, 180], "fusion.head": [1, 70, 180, 180]}
+        "fusion.bev_lift_camera": [1, 80, 180, 180],
+        "fusion.bev_lift_lidar": [1, 256, 180, 180],
+        "fusion.bev_fused": [1, 256, 180, 180],
+        "fusion.head": [1, 70, 180, 180],
+    }
     assert 0.01 < (outputs["fusion.bev_lift_lidar"] != 0).any(1).float().mean() < 0.9, "the sparse map of the points"
     student = build_detector(params.student("simdistill").model)
     statistics = {tap: torch.ones(value.shape[1]) for tap, value in outputs.items()}
@@ -277,17 +295,32 @@ def test_a_step_of_structured_kd_on_a_real_keyframe(family: str, real_dataroot: 
     params = on_real_keyframes(laid_over(f"nuscenes-structured-{family}", tmp_path), real_dataroot, tmp_path)
     params = halved(params, tmp_path)
     changes = REDUCED[family]
-    losses, shapes_of_taps = structured_step(params, family, changes[0], {"image": [128, 352], **changes[1]},
-                                             real_dataroot, tmp_path)
-    assert losses == {"heatmap", "box", *(["depth"] if family == "bevdepth" else []),
-                      *(f"distill/{name}" for name in params.variants[STRUCTURED[family][1]].terms)}
+    losses, shapes_of_taps = structured_step(
+        params, family, changes[0], {"image": [128, 352], **changes[1]}, real_dataroot, tmp_path
+    )
+    assert losses == {
+        "heatmap",
+        "box",
+        *(["depth"] if family == "bevdepth" else []),
+        *(f"distill/{name}" for name in params.variants[STRUCTURED[family][1]].terms),
+    }
     side, width = (128, 80) if family == "bevdepth" else (50, 256)
-    assert shapes_of_taps == {"bev_lift": [1, width, side, side], "bev_prev": [1, width, side, side],
-                              "bev_view": [1, 6 * width, side, side], "head": [1, 70, 128, 128]}
+    assert shapes_of_taps == {
+        "bev_lift": [1, width, side, side],
+        "bev_prev": [1, width, side, side],
+        "bev_view": [1, 6 * width, side, side],
+        "head": [1, 70, 128, 128],
+    }
 
 
-def structured_step(params: Params, family: str, teacher_changes: dict[str, Any], student_changes: dict[str, Any],
-                    dataroot: Path, folder: Path) -> tuple[set[str], dict[str, list[int]]]:
+def structured_step(
+    params: Params,
+    family: str,
+    teacher_changes: dict[str, Any],
+    student_changes: dict[str, Any],
+    dataroot: Path,
+    folder: Path,
+) -> tuple[set[str], dict[str, list[int]]]:
     """Names of the losses of a step with all of Structured KD's terms, and the shapes of what the teacher gave."""
     name, variant = STRUCTURED[family]
     build_index(dataroot, VERSION, [SPLIT], folder / INDEX, sweeps=params.input.sweeps)

@@ -21,9 +21,12 @@ def test_models_overfit_a_real_keyframe(project: Project, real_dataroot: Path) -
     params = project.root / "params.yaml"
     text = params.read_text()
     assert "worlds: []" in text
-    for pattern, smaller in ((r"size: \[256, 704\]", "size: [128, 352]"), ("cell: 0.8", "cell: 1.6"),
-                             (r"size: \[0.4, 0.4\]", "size: [0.8, 0.8]"),
-                             (r"variants: \[baseline, xod-xfd\]", "variants: [baseline]")):
+    for pattern, smaller in (
+        (r"size: \[256, 704\]", "size: [128, 352]"),
+        ("cell: 0.8", "cell: 1.6"),
+        (r"size: \[0.4, 0.4\]", "size: [0.8, 0.8]"),
+        (r"variants: \[baseline, xod-xfd\]", "variants: [baseline]"),
+    ):
         text, count = re.subn(pattern, smaller, text)
         assert count >= 1, pattern
     params.write_text(text)

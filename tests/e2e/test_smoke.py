@@ -90,8 +90,10 @@ def make_small(project: Project) -> None:
     project.profile("smoke")
     params = project.root / "params.yaml"
     text = params.read_text()
-    for pattern, changed in ((r"train: (&\w+ )?\{epochs: 1,", r"train: \1{checkpoint_minutes: 0.0, epochs: 2,"),
-                             (r"shard_samples: 8", "shard_samples: 2")):
+    for pattern, changed in (
+        (r"train: (&\w+ )?\{epochs: 1,", r"train: \1{checkpoint_minutes: 0.0, epochs: 2,"),
+        (r"shard_samples: 8", "shard_samples: 2"),
+    ):
         text, count = re.subn(pattern, changed, text)
         assert count >= 1, pattern
     params.write_text(text)

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 
-TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
-         ["pedestrian", "traffic_cone"]]
+TASKS = [
+    ["car"],
+    ["truck", "construction_vehicle"],
+    ["bus", "trailer"],
+    ["barrier"],
+    ["motorcycle", "bicycle"],
+    ["pedestrian", "traffic_cone"],
+]
 GRID = {"range": 12.8, "cell": 0.8, "z": [-5.0, 3.0]}
 CAMERAS = 3
 IMAGE = (32, 64)
@@ -42,8 +48,15 @@ def camera_poses() -> Tensor:
     return poses
 
 
-def random_batch(batch_size: int = 2, frames: int = 1, boxes: int = 12, stride: int = 8, seed: int = 0,
-                 extent: float = 12.8, image: tuple[int, int] = IMAGE) -> Any:
+def random_batch(
+    batch_size: int = 2,
+    frames: int = 1,
+    boxes: int = 12,
+    stride: int = 8,
+    seed: int = 0,
+    extent: float = 12.8,
+    image: tuple[int, int] = IMAGE,
+) -> Any:
     """A batch with every attribute that models read."""
     generator = torch.Generator().manual_seed(seed)
     height, width = image
@@ -77,8 +90,13 @@ def random_radar(count: int, extent: float = 12.8, seed: int = 0) -> Tensor:
 
 def second(in_channels: int, strides: list[int]) -> dict[str, Any]:
     """A small BEV backbone."""
-    return {"type": "SECOND", "in_channels": in_channels, "out_channels": [16, 16], "layer_nums": [1, 1],
-            "layer_strides": strides}
+    return {
+        "type": "SECOND",
+        "in_channels": in_channels,
+        "out_channels": [16, 16],
+        "layer_nums": [1, 1],
+        "layer_strides": strides,
+    }
 
 
 def second_fpn(in_channels: list[int], strides: list[float]) -> dict[str, Any]:
@@ -88,57 +106,90 @@ def second_fpn(in_channels: list[int], strides: list[float]) -> dict[str, Any]:
 
 def head_config(**changes: Any) -> dict[str, Any]:
     """A small head."""
-    return {"tasks": TASKS, "share_conv_channel": 16, "separate_head": {"type": "JointTaskHead", "head_conv": 16},
-            "min_radius": 1, "nms_radius": 1.0} | changes
+    return {
+        "tasks": TASKS,
+        "share_conv_channel": 16,
+        "separate_head": {"type": "JointTaskHead", "head_conv": 16},
+        "min_radius": 1,
+        "nms_radius": 1.0,
+    } | changes
 
 
 def lidar_config(**changes: Any) -> dict[str, Any]:
     """A small LiDAR detector: pillars of half a cell."""
-    return {"type": "LidarCenterPoint", "grid": GRID,
-            "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
-            "encoder": {"type": "PointwisePillarNet", "feat_channels": [12]},
-            "backbone": second(12, [2, 2]), "neck": second_fpn([16, 16], [1, 2]), "head": head_config()} | changes
+    return {
+        "type": "LidarCenterPoint",
+        "grid": GRID,
+        "voxel": {"size": [0.4, 0.4], "max_points": 8, "max_voxels": [1000, 1000]},
+        "encoder": {"type": "PointwisePillarNet", "feat_channels": [12]},
+        "backbone": second(12, [2, 2]),
+        "neck": second_fpn([16, 16], [1, 2]),
+        "head": head_config(),
+    } | changes
 
 
 VOXELS: dict[str, Any] = {
     "voxel": {"size": [0.4, 0.4, 1.0], "max_points": 5, "max_voxels": [8000, 8000]},
     "encoder": {"type": "HardSimpleVFE"},
-    "middle": {"type": "SparseEncoder", "base_channels": 3, "output_channels": 3, "order": ["conv", "norm", "act"],
-               "encoder_channels": [[3, 3], [3]], "encoder_paddings": [[1, 1], [1]], "block_type": "basicblock"},
+    "middle": {
+        "type": "SparseEncoder",
+        "base_channels": 3,
+        "output_channels": 3,
+        "order": ["conv", "norm", "act"],
+        "encoder_channels": [[3, 3], [3]],
+        "encoder_paddings": [[1, 1], [1]],
+        "block_type": "basicblock",
+    },
 }
 """Of a LiDAR detector with sparse convolutions, on 32 x 32 cells of 6 channels; most of its kernels are 3^5 numbers."""
 
 
 def voxel_config(**changes: Any) -> dict[str, Any]:
-    """A small LiDAR detector with sparse convolutions: :func:`lidar_config` over voxels."""
+    """A small LiDAR detector with sparse convolutions: `lidar_config` over voxels."""
     return lidar_config(**VOXELS, backbone=second(6, [1, 2])) | changes
 
 
 def voxel_encoder() -> nn.Module:
-    """The sparse encoder of :func:`voxel_config`."""
+    """The sparse encoder of `voxel_config`."""
     return build_detector(voxel_config()).get_submodule("middle")
 
 
 def radar_config(**changes: Any) -> dict[str, Any]:
-    """A small RADAR detector: :func:`lidar_config` over the other sensor."""
+    """A small RADAR detector: `lidar_config` over the other sensor."""
     return lidar_config(type="RadarCenterPoint") | changes
 
 
-RADAR_MAP = {"voxel": {"size": [0.8, 0.8], "max_points": 8, "max_voxels": 500},
-             "encoder": {"type": "PointwisePillarNet", "feat_channels": [6]}}
-"""A camera detector's ``radar``, on the grid itself."""
+RADAR_MAP = {
+    "voxel": {"size": [0.8, 0.8], "max_points": 8, "max_voxels": 500},
+    "encoder": {"type": "PointwisePillarNet", "feat_channels": [6]},
+}
+"""A camera detector's `radar`, on the grid itself."""
 
 
 def camera_config(**changes: Any) -> dict[str, Any]:
     """A small camera detector with stride 8."""
-    return {"type": "CameraBEVDepth", "grid": GRID, "stride": 8,
-            "image_backbone": {"type": "mmdet.ResNet", "depth": 18, "base_channels": 4, "num_stages": 3,
-                               "strides": [1, 2, 2], "dilations": [1, 1, 1], "out_indices": [1, 2],
-                               "norm_cfg": {"type": "BN"}, "norm_eval": False},
-            "image_neck": second_fpn([8, 16], [1, 2]),
-            "depth_net": {"mid_channels": 16, "context_channels": 12, "blocks": 1}, "depth_bins": [1.0, 21.0, 1.0],
-            "bev_backbone": second(12, [1, 2]), "bev_neck": second_fpn([16, 16], [1, 2]),
-            "head": head_config()} | changes
+    return {
+        "type": "CameraBEVDepth",
+        "grid": GRID,
+        "stride": 8,
+        "image_backbone": {
+            "type": "mmdet.ResNet",
+            "depth": 18,
+            "base_channels": 4,
+            "num_stages": 3,
+            "strides": [1, 2, 2],
+            "dilations": [1, 1, 1],
+            "out_indices": [1, 2],
+            "norm_cfg": {"type": "BN"},
+            "norm_eval": False,
+        },
+        "image_neck": second_fpn([8, 16], [1, 2]),
+        "depth_net": {"mid_channels": 16, "context_channels": 12, "blocks": 1},
+        "depth_bins": [1.0, 21.0, 1.0],
+        "bev_backbone": second(12, [1, 2]),
+        "bev_neck": second_fpn([16, 16], [1, 2]),
+        "head": head_config(),
+    } | changes
 
 
 def fusion_config(**changes: Any) -> dict[str, Any]:
@@ -164,9 +215,20 @@ def bevformer_config(**changes: Any) -> dict[str, Any]:
     """A small BEVFormer of two frames: 8 x 8 queries for the grid's 32 x 32 cells."""
     camera = camera_config()
     shared = {key: camera[key] for key in ("grid", "stride", "image_backbone", "image_neck", "bev_neck")}
-    return {"type": "BEVFormer", **shared, "channels": 12, "queries": 8, "layers": 2, "heads": 3, "points": 2,
-            "pillar": [-1.5, -0.5], "feedforward": 16, "bev_backbone": second(12, [1, 2]), "head": head_config(),
-            "frames": 2} | changes
+    return {
+        "type": "BEVFormer",
+        **shared,
+        "channels": 12,
+        "queries": 8,
+        "layers": 2,
+        "heads": 3,
+        "points": 2,
+        "pillar": [-1.5, -0.5],
+        "feedforward": 16,
+        "bev_backbone": second(12, [1, 2]),
+        "head": head_config(),
+        "frames": 2,
+    } | changes
 
 
 def trained(module: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -190,7 +252,7 @@ SENSED = ("images", "points", "depth", "boxes", "radar")
 
 
 def read_by(detector: Detector, batch: Any) -> dict[str, set[str]]:
-    """Of ``SENSED``, by tap, what the tap depends on: it changes when that is replaced by another sample's."""
+    """Of `SENSED`, by tap, what the tap depends on: it changes when that is replaced by another sample's."""
     names, other = [*detector.tap_channels, "head"], random_batch(len(batch.tokens), seed=100)
     found: dict[str, set[str]] = {name: set() for name in names}
     with torch.no_grad():

@@ -39,8 +39,17 @@ def step(backbone: nn.Module, x: Tensor) -> tuple[tuple[Tensor, ...], dict[str, 
 
 def test_bev_resnet_is_mmdets_without_the_pool_and_with_the_map() -> None:
     bev = build("BEVResNet", in_channels=6, base_channels=8)
-    plain = build("mmdet.ResNet", in_channels=6, base_channels=8, depth=18, num_stages=3, strides=(1, 2, 2),
-                  dilations=(1, 1, 1), out_indices=(0, 1, 2), norm_eval=False)
+    plain = build(
+        "mmdet.ResNet",
+        in_channels=6,
+        base_channels=8,
+        depth=18,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(0, 1, 2),
+        norm_eval=False,
+    )
     plain.load_state_dict(bev.state_dict())
     plain.maxpool = nn.Identity()
     x = torch.randn(2, 6, 32, 32)
@@ -53,8 +62,16 @@ def test_bev_resnet_is_mmdets_without_the_pool_and_with_the_map() -> None:
 
 def test_staged_resnet_is_mmdets_without_the_stem() -> None:
     ours = build("StagedResNet", in_channels=8, channels=[8, 16, 32], strides=[2, 2, 1], blocks=[2, 2, 2])
-    theirs = build("mmdet.ResNet", depth=18, base_channels=8, num_stages=3, strides=(2, 2, 1), dilations=(1, 1, 1),
-                   out_indices=(0, 1, 2), norm_eval=False)
+    theirs = build(
+        "mmdet.ResNet",
+        depth=18,
+        base_channels=8,
+        num_stages=3,
+        strides=(2, 2, 1),
+        dilations=(1, 1, 1),
+        out_indices=(0, 1, 2),
+        norm_eval=False,
+    )
     layers = [getattr(theirs, name) for name in theirs.res_layers]
     for stage, layer in zip(ours.stages, layers, strict=True):
         stage.load_state_dict(layer.state_dict())

@@ -11,8 +11,9 @@ from torch import Tensor
 from models.layers.bev_pool import bev_pool, bev_pool_reference, pool_index
 
 
-def problem(pixels: int, bins: int, channels: int, cells: int, seed: int = 0,
-            dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    pixels: int, bins: int, channels: int, cells: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(pixels, channels, generator=generator, dtype=dtype)
     depth = torch.rand(pixels, bins, generator=generator, dtype=dtype)
@@ -29,8 +30,9 @@ def gradients(pool: object, features: Tensor, depth: Tensor) -> tuple[Tensor, Te
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 20), st.integers(1, 30), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_values_and_gradients_equal_the_definition(pixels: int, bins: int, channels: int, cells: int,
-                                                   seed: int) -> None:
+def test_values_and_gradients_equal_the_definition(
+    pixels: int, bins: int, channels: int, cells: int, seed: int
+) -> None:
     features, depth, cell = problem(pixels, bins, channels, cells, seed)
     ours = gradients(lambda f, d: bev_pool(f, d, pool_index(cell, cells)), features, depth)
     reference = gradients(lambda f, d: bev_pool_reference(f, d, cell, cells), features, depth)

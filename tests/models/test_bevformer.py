@@ -72,8 +72,9 @@ def pinhole(batch: Any, sample: int, camera: int, point: Tensor) -> tuple[float,
     return float(pixel[0] / pixel[2]), float(pixel[1] / pixel[2]), float(ahead[2])
 
 
-def read_pillar(attention: SpatialCrossAttention, batch: Any, sample: int, camera: int, value: Tensor, query: Tensor,
-                center: Tensor) -> tuple[Tensor, bool]:
+def read_pillar(
+    attention: SpatialCrossAttention, batch: Any, sample: int, camera: int, value: Tensor, query: Tensor, center: Tensor
+) -> tuple[Tensor, bool]:
     """What one query reads in one camera whose values are [C, h, w], point by point; whether it sees the pillar."""
     height, width = value.shape[1:]
     offsets, logits = attention.samples(query)
@@ -109,33 +110,44 @@ def test_cross_attention_is_a_loop_over_cameras_queries_heights_and_points() -> 
             value = F.linear(features[sample, camera].permute(1, 2, 0), attention.value.weight, attention.value.bias)
             for number in range(SIDE**2):
                 chooser = query[sample, number] + position[number]
-                read, visible = read_pillar(attention, batch, sample, camera, value.permute(2, 0, 1), chooser,
-                                            centers[number])
+                read, visible = read_pillar(
+                    attention, batch, sample, camera, value.permute(2, 0, 1), chooser, centers[number]
+                )
                 expected[sample, camera, number] = read
                 counts[sample, number] += visible
     assert torch.equal(counts, sight.cameras.float())
     assert {0.0, 1.0} <= set(counts.unique().tolist()), "some pillars are seen and some are not"
     torch.testing.assert_close(views, expected, rtol=1e-4, atol=1e-4)
     mean = expected.sum(1) / counts.clamp(min=1)[..., None]
-    torch.testing.assert_close(given, F.linear(mean, attention.output.weight, attention.output.bias), rtol=1e-4,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        given, F.linear(mean, attention.output.weight, attention.output.bias), rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_self_attention_is_the_mean_of_mmcvs_on_both_maps() -> None:
     torch.manual_seed(0)
     attention = trained(TemporalSelfAttention(CHANNELS, HEADS, POINTS))
-    query, position, previous = draw(2, SIDE**2, CHANNELS), draw(SIDE**2, CHANNELS, seed=1), draw(2, SIDE**2, CHANNELS,
-                                                                                                 seed=2)
+    query, position, previous = (
+        draw(2, SIDE**2, CHANNELS),
+        draw(SIDE**2, CHANNELS, seed=1),
+        draw(2, SIDE**2, CHANNELS, seed=2),
+    )
     read = []
     for number, value in enumerate((previous, query)):
         theirs = mmcvs(attention, number)
         cells = [[(column + 0.5) / SIDE, (row + 0.5) / SIDE] for row in range(SIDE) for column in range(SIDE)]
         # mmcv's module has one width for queries and values: the values stand in the first half of its channels.
-        read.append(theirs(torch.cat([previous, query + position], dim=-1), identity=torch.zeros(1),
-                           value=torch.cat([value, torch.zeros_like(value)], dim=-1),
-                           reference_points=torch.tensor(cells).view(1, -1, 1, 2).expand(2, -1, -1, -1),
-                           spatial_shapes=torch.tensor([[SIDE, SIDE]]), level_start_index=torch.tensor([0])))
+        read.append(
+            theirs(
+                torch.cat([previous, query + position], dim=-1),
+                identity=torch.zeros(1),
+                value=torch.cat([value, torch.zeros_like(value)], dim=-1),
+                reference_points=torch.tensor(cells).view(1, -1, 1, 2).expand(2, -1, -1, -1),
+                spatial_shapes=torch.tensor([[SIDE, SIDE]]),
+                level_start_index=torch.tensor([0]),
+            )
+        )
     mean = torch.stack(read).mean(0)[..., :CHANNELS]
     expected = F.linear(mean, attention.output.weight, attention.output.bias)
     torch.testing.assert_close(attention(query, position, previous), expected, rtol=1e-4, atol=1e-5)
@@ -257,17 +269,30 @@ def test_nothing_but_images_and_their_geometry_is_needed(frames: int) -> None:
 def test_taps_have_the_declared_channels_on_the_queries_grid() -> None:
     model, batch = detector(), random_batch(frames=2)
     prediction = model(batch, [*model.tap_channels, "head", "boxes"])
-    assert model.tap_channels == {"pv": 32, "bev_lift": 12, "bev_prev": 12, "bev_view": 72, "bev_fused": 12,
-                                  "bev_neck": 32}
+    assert model.tap_channels == {
+        "pv": 32,
+        "bev_lift": 12,
+        "bev_prev": 12,
+        "bev_view": 72,
+        "bev_fused": 12,
+        "bev_neck": 32,
+    }
     shapes = {name: list(tap.shape) for name, tap in prediction.taps.items()}
-    assert shapes == {"pv": [2, 3, 32, 4, 8], "bev_lift": [2, 12, 8, 8], "bev_prev": [2, 12, 8, 8],
-                      "bev_view": [2, 36, 8, 8], "bev_fused": [2, 12, 32, 32], "bev_neck": [2, 32, 32, 32],
-                      "head": [2, 70, 32, 32]}, "the batch has three cameras"
+    assert shapes == {
+        "pv": [2, 3, 32, 4, 8],
+        "bev_lift": [2, 12, 8, 8],
+        "bev_prev": [2, 12, 8, 8],
+        "bev_view": [2, 36, 8, 8],
+        "bev_fused": [2, 12, 32, 32],
+        "bev_neck": [2, 32, 32, 32],
+        "head": [2, 70, 32, 32],
+    }, "the batch has three cameras"
     assert not prediction.taps["bev_prev"].requires_grad
     assert prediction.taps["bev_lift"].requires_grad
     assert prediction.depth == ()
-    torch.testing.assert_close(prediction.taps["bev_fused"], F.interpolate(prediction.taps["bev_lift"], scale_factor=4,
-                                                                           mode="bilinear"))
+    torch.testing.assert_close(
+        prediction.taps["bev_fused"], F.interpolate(prediction.taps["bev_lift"], scale_factor=4, mode="bilinear")
+    )
 
 
 @torch.no_grad()
@@ -318,14 +343,19 @@ def test_queries_start_on_rays_with_equal_weights() -> None:
     directions = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
     for head, direction in enumerate(directions):
         for point in range(2):
-            torch.testing.assert_close(offsets[:, head, :, point], ((point + 1) * direction).expand(5, 3, 2), rtol=0,
-                                       atol=1e-6)
+            torch.testing.assert_close(
+                offsets[:, head, :, point], ((point + 1) * direction).expand(5, 3, 2), rtol=0, atol=1e-6
+            )
 
 
 def test_embeddings_are_named_as_those_who_inherit_them_expect() -> None:
     embeddings = BEVEmbeddings(7, 5)
     assert {name: list(one.shape) for name, one in embeddings.named_parameters()} == {
-        "queries": [7, 5, 5], "row": [3, 5], "column": [4, 5], "camera": [6, 7]}
+        "queries": [7, 5, 5],
+        "row": [3, 5],
+        "column": [4, 5],
+        "camera": [6, 7],
+    }
     position = embeddings.position().unflatten(0, (5, 5))
     assert position.shape == (5, 5, 7)
     torch.testing.assert_close(position[2, 4], torch.cat([embeddings.row[:, 2], embeddings.column[:, 4]]))
@@ -394,8 +424,13 @@ def test_what_does_not_fit_is_named() -> None:
 def test_a_layer_keeps_the_width_of_its_queries() -> None:
     layer = EncoderLayer(CHANNELS, HEADS, len(HEIGHTS), POINTS, 20)
     _, sight = scene()
-    query, views = layer(draw(2, SIDE**2, CHANNELS), draw(SIDE**2, CHANNELS), draw(2, SIDE**2, CHANNELS),
-                         draw(2, 3, CHANNELS, 4, 8), sight)
+    query, views = layer(
+        draw(2, SIDE**2, CHANNELS),
+        draw(SIDE**2, CHANNELS),
+        draw(2, SIDE**2, CHANNELS),
+        draw(2, 3, CHANNELS, 4, 8),
+        sight,
+    )
     assert query.shape == (2, SIDE**2, CHANNELS)
     assert views.shape == (2, 3, SIDE**2, CHANNELS)
 

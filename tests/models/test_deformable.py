@@ -35,8 +35,9 @@ def inputs(batch: int = 2, queries: int = 11, heads: int = 3, points: int = 4, w
 
 def mmcvs(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """mmcv's reference, which counts levels."""
-    return multi_scale_deformable_attn_pytorch(value, torch.tensor([SHAPE]), locations.unsqueeze(3),
-                                               weights.unsqueeze(3))
+    return multi_scale_deformable_attn_pytorch(
+        value, torch.tensor([SHAPE]), locations.unsqueeze(3), weights.unsqueeze(3)
+    )
 
 
 def test_a_sample_is_read_between_the_four_cells_around_it() -> None:
@@ -94,9 +95,15 @@ def test_the_module_is_mmcvs_with_its_weights(placed: bool) -> None:
     height, width = SHAPE
     points = [[(i + 0.5) / width, (j + 0.5) / height] for j in range(height) for i in range(width)]
     query_pos = None if position is None else position.flatten(1).T[None]
-    expected = theirs(cells, query_pos=query_pos, value=cells, identity=torch.zeros_like(cells),
-                      reference_points=torch.tensor(points).view(1, -1, 1, 2).expand(2, -1, -1, -1),
-                      spatial_shapes=torch.tensor([SHAPE]), level_start_index=torch.tensor([0]))
+    expected = theirs(
+        cells,
+        query_pos=query_pos,
+        value=cells,
+        identity=torch.zeros_like(cells),
+        reference_points=torch.tensor(points).view(1, -1, 1, 2).expand(2, -1, -1, -1),
+        spatial_shapes=torch.tensor([SHAPE]),
+        level_start_index=torch.tensor([0]),
+    )
     torch.testing.assert_close(given, expected.transpose(1, 2).unflatten(2, SHAPE), rtol=1e-5, atol=1e-5)
     given.square().sum().backward()
     expected.square().sum().backward()
@@ -196,8 +203,9 @@ def test_a_terminal_sees_no_warning_about_widths() -> None:
 
 def test_a_backbones_deformable_convolution_is_mmcvs_in_full_precision_and_any_layout() -> None:
     """mmcv's own refuses bfloat16 on a CPU, and maps that are not contiguous."""
-    ours, theirs = (kind(6, 8, 3, stride=2, padding=1, bias=False)
-                    for kind in (FullPrecisionDCNv2, ModulatedDeformConv2dPack))
+    ours, theirs = (
+        kind(6, 8, 3, stride=2, padding=1, bias=False) for kind in (FullPrecisionDCNv2, ModulatedDeformConv2dPack)
+    )
     theirs.load_state_dict(trained(ours).state_dict())
     x = torch.randn(2, 6, *SHAPE, generator=torch.Generator().manual_seed(0))
     expected = theirs(x)

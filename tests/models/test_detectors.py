@@ -196,13 +196,16 @@ def test_an_empty_point_cloud_is_an_empty_map() -> None:
     assert (lifted[0] != 0).any()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"type": "Nothing"}, "model type 'Nothing' is unknown"),
-    ({"grid": {"range": 12.8, "cell": 0.7}}, "whole number of cells"),
-    ({"frames": 3}, "frames 3 must be 1"),
-    ({"depth_loss_kind": "mse"}, "'bce' or 'ce'"),
-    ({"head": head_config(min_radius=[1, 2])}, "min_radius has 2 entries for 10 classes"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Nothing"}, "model type 'Nothing' is unknown"),
+        ({"grid": {"range": 12.8, "cell": 0.7}}, "whole number of cells"),
+        ({"frames": 3}, "frames 3 must be 1"),
+        ({"depth_loss_kind": "mse"}, "'bce' or 'ce'"),
+        ({"head": head_config(min_radius=[1, 2])}, "min_radius has 2 entries for 10 classes"),
+    ],
+)
 def test_wrong_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_detector(camera_config(**change))
@@ -237,9 +240,14 @@ def test_depth_loss_by_hand() -> None:
 VOXELS = lidar_config(
     voxel={"size": [0.1, 0.1, 0.2], "max_points": 10, "max_voxels": [9000, 12000]},
     encoder={"type": "HardSimpleVFE"},
-    middle={"type": "SparseEncoder", "output_channels": 128, "order": ["conv", "norm", "act"],
-            "encoder_channels": [[16, 16, 32], [32, 32, 64], [64, 64, 128], [128, 128]],
-            "encoder_paddings": [[0, 0, 1], [0, 0, 1], [0, 0, [0, 1, 1]], [0, 0]], "block_type": "basicblock"},
+    middle={
+        "type": "SparseEncoder",
+        "output_channels": 128,
+        "order": ["conv", "norm", "act"],
+        "encoder_channels": [[16, 16, 32], [32, 32, 64], [64, 64, 128], [128, 128]],
+        "encoder_paddings": [[0, 0, 1], [0, 0, 1], [0, 0, [0, 1, 1]], [0, 0]],
+        "block_type": "basicblock",
+    },
     backbone=second(256, [1, 2]),
 )
 
@@ -288,8 +296,12 @@ def test_the_parts_of_the_cameras_are_what_each_is_lifted_to_alone() -> None:
         taps = detector(batch, ["bev_lift", "bev_view", "pv"]).taps
         parts = taps["bev_view"].unflatten(1, (CAMERAS, -1))
         lift = detector.lift
-        camera = camera_parameters(batch.intrinsics[:, 0].flatten(0, 1), batch.image_aug[:, 0].flatten(0, 1),
-                                   batch.lidar_SE3_cam[:, 0].flatten(0, 1), IMAGE)
+        camera = camera_parameters(
+            batch.intrinsics[:, 0].flatten(0, 1),
+            batch.image_aug[:, 0].flatten(0, 1),
+            batch.lidar_SE3_cam[:, 0].flatten(0, 1),
+            IMAGE,
+        )
         logits, context = lift.depth_net(taps["pv"].flatten(0, 1), camera)
         cells = lift._cells(batch, 0, taps["pv"].shape[-2:], views=False)
         features, depth = (x.permute(0, 2, 3, 1) for x in (context, logits.softmax(1)))

@@ -32,8 +32,9 @@ def exporting() -> Iterator[None]:
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 20), st.integers(1, 30), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_pooling_by_products_equals_the_definition(pixels: int, bins: int, channels: int, cells: int,
-                                                   seed: int) -> None:
+def test_pooling_by_products_equals_the_definition(
+    pixels: int, bins: int, channels: int, cells: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(pixels, channels, generator=generator, dtype=torch.float64)
     depth = torch.rand(pixels, bins, generator=generator, dtype=torch.float64)
@@ -60,8 +61,11 @@ def test_a_camera_detector_lifts_the_same_map(frames: int) -> None:
 def test_points_of_a_fixed_number_make_the_same_map(config: dict[str, Any], most: int) -> None:
     """Full pillars leave the last points out; points outside the extent, as padding is, change nothing."""
     voxel = (config.get("radar") or config)["voxel"]
-    config = config | ({"radar": config["radar"] | {"voxel": voxel | {"max_points": most}}} if "radar" in config
-                       else {"voxel": voxel | {"max_points": most}})
+    config = config | (
+        {"radar": config["radar"] | {"voxel": voxel | {"max_points": most}}}
+        if "radar" in config
+        else {"voxel": voxel | {"max_points": most}}
+    )
     tap = "bev_fused" if "radar" in config else "bev_lift"
     detector, batch = built(config), random_batch(2)
     batch.radar = [returns * torch.tensor([0.3, 0.3, 1, 1, 1, 1, 1]) for returns in batch.radar]
@@ -83,9 +87,10 @@ def test_no_points_make_an_empty_map() -> None:
 def test_a_lift_that_cannot_have_fixed_shapes_says_why() -> None:
     batch = random_batch(1)
     encoder = {"type": "PillarFeatureNet", "feat_channels": [12], "norm_cfg": {"type": "BN1d"}}
-    for config, message in ((radar_config(encoder=encoder), "PillarFeatureNet and PointPillarsScatter"),
-                            (radar_config(voxel=lidar_config()["voxel"] | {"max_voxels": 100}),
-                             "voxel.max_voxels 100: 120 pillars")):
+    for config, message in (
+        (radar_config(encoder=encoder), "PillarFeatureNet and PointPillarsScatter"),
+        (radar_config(voxel=lidar_config()["voxel"] | {"max_voxels": 100}), "voxel.max_voxels 100: 120 pillars"),
+    ):
         with exporting(), pytest.raises(ValueError, match=message):
             taps(built(config), batch, "bev_lift")
 

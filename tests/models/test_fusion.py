@@ -27,8 +27,16 @@ from tests.models.factory import (
 )
 
 CAMERA, LIDAR = {"images"}, {"points"}
-READS = {"pv": CAMERA, "depth": CAMERA, "bev_lift_camera": CAMERA, "bev_view": CAMERA, "bev_lift_lidar": LIDAR,
-         "bev_fused": CAMERA | LIDAR, "bev_neck": CAMERA | LIDAR, "head": CAMERA | LIDAR}
+READS = {
+    "pv": CAMERA,
+    "depth": CAMERA,
+    "bev_lift_camera": CAMERA,
+    "bev_view": CAMERA,
+    "bev_lift_lidar": LIDAR,
+    "bev_fused": CAMERA | LIDAR,
+    "bev_neck": CAMERA | LIDAR,
+    "head": CAMERA | LIDAR,
+}
 PILLARS = {key: lidar_config()[key] for key in ("voxel", "encoder")}
 COMPENSATING = (GeometryCompensation, MultiScaleDeformableAttention, DeformConv2d)
 

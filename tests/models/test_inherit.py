@@ -93,8 +93,10 @@ def test_transposed_convolutions_sum_over_their_first_axis() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [([9, 4, 3, 3], "inherits from one that is not narrower"),
-     ([4, 4, 1, 1], r"kernel is \[3, 3\], the student's \[1, 1\]")],
+    [
+        ([9, 4, 3, 3], "inherits from one that is not narrower"),
+        ([4, 4, 1, 1], r"kernel is \[3, 3\], the student's \[1, 1\]"),
+    ],
 )
 def test_what_cannot_be_inherited_is_named(shape: list[int], message: str) -> None:
     student = nn.Module()

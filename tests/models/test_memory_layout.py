@@ -74,8 +74,9 @@ for _ in range(20):
 def test_a_strided_pointwise_convolution_keeps_to_its_memory() -> None:
     """On any CPU, as oneDNN does without what a CPU has beyond AVX2."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", STRIDED], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDED], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,8 +96,9 @@ def test_a_strided_pointwise_convolution_is_what_it_was(size: tuple[int, int]) -
 def deformable_head() -> dict[str, Any]:
     """The head of mmdet3d's CenterPoint configs with deformable convolutions."""
     layer = {"type": "DCN", "in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1, "groups": 4}
-    return head_config(separate_head={"type": "DCNSeparateHead", "dcn_config": layer, "init_bias": -2.19,
-                                      "final_kernel": 3})
+    return head_config(
+        separate_head={"type": "DCNSeparateHead", "dcn_config": layer, "init_bias": -2.19, "final_kernel": 3}
+    )
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -49,8 +49,9 @@ def by_hand(module: RadarMap, radar: np.ndarray, cell: float) -> np.ndarray:
     """The map [C, H, W] pillar by pillar in float64: decorate, linear, norm with its averages, ReLU, maximum."""
     weight = module.encoder.linear.weight.detach().double().numpy()
     norm = module.encoder.norm
-    gain, bias, mean, variance = (v.detach().double().numpy() for v in (norm.weight, norm.bias, norm.running_mean,
-                                                                         norm.running_var))
+    gain, bias, mean, variance = (
+        v.detach().double().numpy() for v in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
     size = round(2 * 12.8 / cell)
     made = np.zeros((len(weight), size, size))
     column, row = np.floor((radar[:, :2] + 12.8) / cell).astype(int).T
@@ -58,12 +59,15 @@ def by_hand(module: RadarMap, radar: np.ndarray, cell: float) -> np.ndarray:
         points = radar[(row == y) & (column == x)]
         center = np.array([(x + 0.5) * cell - 12.8, (y + 0.5) * cell - 12.8, -1.0])
         half_pillar = np.array([cell / 2, cell / 2, 4.0])
-        decorated = np.concatenate([
-            points[:, :3] / [12.8, 12.8, 4.0],
-            points[:, 3:] / SCALE[3:],
-            (points[:, :3] - points[:, :3].mean(0)) / half_pillar,
-            (points[:, :3] - center) / half_pillar,
-        ], axis=1)
+        decorated = np.concatenate(
+            [
+                points[:, :3] / [12.8, 12.8, 4.0],
+                points[:, 3:] / SCALE[3:],
+                (points[:, :3] - points[:, :3].mean(0)) / half_pillar,
+                (points[:, :3] - center) / half_pillar,
+            ],
+            axis=1,
+        )
         values = (decorated @ weight.T - mean) / np.sqrt(variance + norm.eps) * gain + bias
         made[:, y, x] = np.maximum(values, 0).max(0)
     return made

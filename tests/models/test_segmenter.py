@@ -32,31 +32,68 @@ def small_model(**overrides: Any) -> dict[str, Any]:
         return {"type": "SingleRoIExtractor", "roi_layer": roi_align, **levels}
 
     def learning(positive: float, negative: float, count: int, share: float, truth: bool) -> dict[str, Any]:
-        return {"assigner": {"type": "MaxIoUAssigner", "pos_iou_thr": positive, "neg_iou_thr": negative,
-                             "min_pos_iou": negative, "ignore_iof_thr": -1},
-                "sampler": {"type": "RandomSampler", "num": count, "pos_fraction": share,
-                            "add_gt_as_proposals": truth},
-                "allowed_border": -1, "pos_weight": -1, "mask_size": 28}
+        return {
+            "assigner": {
+                "type": "MaxIoUAssigner",
+                "pos_iou_thr": positive,
+                "neg_iou_thr": negative,
+                "min_pos_iou": negative,
+                "ignore_iof_thr": -1,
+            },
+            "sampler": {"type": "RandomSampler", "num": count, "pos_fraction": share, "add_gt_as_proposals": truth},
+            "allowed_border": -1,
+            "pos_weight": -1,
+            "mask_size": 28,
+        }
 
     return {
         "type": "MaskRCNN",
         "backbone": {"type": "ResNet", "depth": 18, "base_channels": 8, "norm_cfg": {"type": "BN"}},
         "neck": {"type": "FPN", "in_channels": [8, 16, 32, 64], "out_channels": 16, "num_outs": 4},
-        "rpn_head": {"type": "RPNHead", "in_channels": 16, "feat_channels": 16, "bbox_coder": coder,
-                     "anchor_generator": {"type": "AnchorGenerator", "scales": [4], "ratios": [0.5, 1.0, 2.0],
-                                          "strides": strides},
-                     "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"}},
-        "roi_head": {"type": "StandardRoIHead", "bbox_roi_extractor": extractor(7),
-                     "mask_roi_extractor": extractor(14),
-                     "bbox_head": {"type": "Shared2FCBBoxHead", "in_channels": 16, "fc_out_channels": 32,
-                                   "roi_feat_size": 7, "reg_class_agnostic": True,
-                                   "bbox_coder": coder | {"target_stds": [0.1, 0.1, 0.2, 0.2]},
-                                   "loss_cls": {"type": "CrossEntropyLoss"}, "loss_bbox": {"type": "L1Loss"}},
-                     "mask_head": {"type": "FCNMaskHead", "num_convs": 1, "in_channels": 16, "conv_out_channels": 16}},
-        "train_cfg": {"rpn": learning(0.7, 0.3, 32, 0.5, False), "rpn_proposal": nms,
-                      "rcnn": learning(0.5, 0.5, 16, 0.5, True)},
-        "test_cfg": {"rpn": nms, "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5},
-                                          "max_per_img": 10, "mask_thr_binary": 0.5}},
+        "rpn_head": {
+            "type": "RPNHead",
+            "in_channels": 16,
+            "feat_channels": 16,
+            "bbox_coder": coder,
+            "anchor_generator": {
+                "type": "AnchorGenerator",
+                "scales": [4],
+                "ratios": [0.5, 1.0, 2.0],
+                "strides": strides,
+            },
+            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True},
+            "loss_bbox": {"type": "L1Loss"},
+        },
+        "roi_head": {
+            "type": "StandardRoIHead",
+            "bbox_roi_extractor": extractor(7),
+            "mask_roi_extractor": extractor(14),
+            "bbox_head": {
+                "type": "Shared2FCBBoxHead",
+                "in_channels": 16,
+                "fc_out_channels": 32,
+                "roi_feat_size": 7,
+                "reg_class_agnostic": True,
+                "bbox_coder": coder | {"target_stds": [0.1, 0.1, 0.2, 0.2]},
+                "loss_cls": {"type": "CrossEntropyLoss"},
+                "loss_bbox": {"type": "L1Loss"},
+            },
+            "mask_head": {"type": "FCNMaskHead", "num_convs": 1, "in_channels": 16, "conv_out_channels": 16},
+        },
+        "train_cfg": {
+            "rpn": learning(0.7, 0.3, 32, 0.5, False),
+            "rpn_proposal": nms,
+            "rcnn": learning(0.5, 0.5, 16, 0.5, True),
+        },
+        "test_cfg": {
+            "rpn": nms,
+            "rcnn": {
+                "score_thr": 0.05,
+                "nms": {"type": "nms", "iou_threshold": 0.5},
+                "max_per_img": 10,
+                "mask_thr_binary": 0.5,
+            },
+        },
     } | overrides
 
 
@@ -65,8 +102,12 @@ def rectangles(boxes: list[list[int]], labels: list[int]) -> Found:
     masks = torch.zeros(len(boxes), *SIZE, dtype=torch.uint8)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         mask[y0:y1, x0:x1] = 1
-    return Found(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(labels, dtype=torch.long),
-                 torch.ones(len(boxes)), masks)
+    return Found(
+        torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
+        torch.tensor(labels, dtype=torch.long),
+        torch.ones(len(boxes)),
+        masks,
+    )
 
 
 NOTHING = rectangles([], [])
@@ -86,10 +127,18 @@ def segmenter(seed: int = 0) -> Segmenter:
 def mmdet_samples(instances: list[Found]) -> list[DetDataSample]:
     samples = []
     for given in instances:
-        sample = DetDataSample(metainfo={"img_shape": SIZE, "ori_shape": SIZE, "pad_shape": SIZE,
-                                         "batch_input_shape": SIZE, "scale_factor": (1.0, 1.0)})
-        sample.gt_instances = InstanceData(bboxes=given.boxes.clone(), labels=given.labels.clone(),
-                                           masks=BitmapMasks(given.masks.numpy(), *SIZE))
+        sample = DetDataSample(
+            metainfo={
+                "img_shape": SIZE,
+                "ori_shape": SIZE,
+                "pad_shape": SIZE,
+                "batch_input_shape": SIZE,
+                "scale_factor": (1.0, 1.0),
+            }
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=given.boxes.clone(), labels=given.labels.clone(), masks=BitmapMasks(given.masks.numpy(), *SIZE)
+        )
         samples.append(sample)
     return samples
 
@@ -141,11 +190,23 @@ def cascade_model() -> dict[str, Any]:
     roi_head, rcnn = model["roi_head"], model["train_cfg"]["rcnn"]
     boxes = roi_head["bbox_head"] | {"loss_bbox": {"type": "SmoothL1Loss"}}
     semantic = roi_head["mask_roi_extractor"] | {"featmap_strides": [8]}
-    roi_head |= {"type": "HybridTaskCascadeRoIHead", "num_stages": 3, "stage_loss_weights": [1, 0.5, 0.25],
-                 "bbox_head": [boxes] * 3, "mask_head": [roi_head["mask_head"] | {"type": "HTCMaskHead"}] * 3,
-                 "semantic_roi_extractor": semantic,
-                 "semantic_head": {"type": "FusedSemanticHead", "num_ins": 4, "fusion_level": 1, "num_convs": 1,
-                                   "in_channels": 16, "conv_out_channels": 16, "num_classes": 5}}
+    roi_head |= {
+        "type": "HybridTaskCascadeRoIHead",
+        "num_stages": 3,
+        "stage_loss_weights": [1, 0.5, 0.25],
+        "bbox_head": [boxes] * 3,
+        "mask_head": [roi_head["mask_head"] | {"type": "HTCMaskHead"}] * 3,
+        "semantic_roi_extractor": semantic,
+        "semantic_head": {
+            "type": "FusedSemanticHead",
+            "num_ins": 4,
+            "fusion_level": 1,
+            "num_convs": 1,
+            "in_channels": 16,
+            "conv_out_channels": 16,
+            "num_classes": 5,
+        },
+    }
     return model | {"train_cfg": model["train_cfg"] | {"rcnn": [rcnn] * 3}}
 
 
@@ -238,13 +299,16 @@ def without(*path: str) -> dict[str, Any]:
     return model
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    (small_model(type="FCOS"), "'FCOS' is not a two-stage detector"),
-    (small_model(type="NoSuchNet"), "'NoSuchNet' is not a two-stage detector"),
-    (without("type"), "None is not a two-stage detector"),
-    (without("roi_head", "mask_head"), "needs rpn_head and roi_head.mask_head"),
-    (without("rpn_head"), "needs rpn_head and roi_head.mask_head"),
-])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (small_model(type="FCOS"), "'FCOS' is not a two-stage detector"),
+        (small_model(type="NoSuchNet"), "'NoSuchNet' is not a two-stage detector"),
+        (without("type"), "None is not a two-stage detector"),
+        (without("roi_head", "mask_head"), "needs rpn_head and roi_head.mask_head"),
+        (without("rpn_head"), "needs rpn_head and roi_head.mask_head"),
+    ],
+)
 def test_other_models_are_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_segmenter({"model": model, "classes": CLASSES})

@@ -79,8 +79,9 @@ def shared(first: nn.Module, second: nn.Module) -> list[str]:
     ones = {id(part) for part in (*first.modules(), *first.parameters(), *first.buffers())}
     named = (*second.named_modules(), *second.named_parameters(), *second.named_buffers())
     places = {tensor.data_ptr() for tensor in first.state_dict().values() if tensor.numel()}
-    return [name for name, part in named
-            if id(part) in ones or (isinstance(part, Tensor) and part.data_ptr() in places)]
+    return [
+        name for name, part in named if id(part) in ones or (isinstance(part, Tensor) and part.data_ptr() in places)
+    ]
 
 
 def taught(detector: Detector) -> dict[str, list[Tensor | None]]:

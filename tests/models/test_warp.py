@@ -28,16 +28,23 @@ def planar(angle: float = 0.0, scale: float = 1.0, flip_x: bool = False, flip_y:
     """[1, 4, 4] augmentation: flip, then rotate and scale."""
     c, s = scale * math.cos(angle), scale * math.sin(angle)
     matrix = torch.diag(torch.tensor([1.0, 1.0, scale, 1.0]))
-    matrix[:2, :2] = torch.tensor([[c, -s], [s, c]]) @ torch.diag(torch.tensor([-1.0 if flip_x else 1.0,
-                                                                               -1.0 if flip_y else 1.0]))
+    matrix[:2, :2] = torch.tensor([[c, -s], [s, c]]) @ torch.diag(
+        torch.tensor([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0])
+    )
     return matrix[None]
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 180])
-@pytest.mark.parametrize(("matrix", "dims"), [
-    (planar(), []), (planar(flip_x=True), [-1]), (planar(flip_y=True), [-2]),
-    (planar(flip_x=True, flip_y=True), [-1, -2]), (planar(math.pi), [-1, -2]),
-])
+@pytest.mark.parametrize(
+    ("matrix", "dims"),
+    [
+        (planar(), []),
+        (planar(flip_x=True), [-1]),
+        (planar(flip_y=True), [-2]),
+        (planar(flip_x=True, flip_y=True), [-1, -2]),
+        (planar(math.pi), [-1, -2]),
+    ],
+)
 def test_flips_are_exact(size: int, matrix: Tensor, dims: list[int]) -> None:
     maps = torch.randn(1, 3, size, size)
     warped, valid = warp_bev(maps, matrix, EXTENT)
@@ -146,9 +153,7 @@ def test_a_box_drawn_after_the_warp_lands_where_the_warped_map_has_it(
 
 @given(st.booleans(), st.booleans(), st.sampled_from([0.0, 90.0, 180.0, -90.0]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_heatmaps_of_moved_boxes_are_the_moved_heatmaps(
-    flip_x: bool, flip_y: bool, degrees: float, seed: int
-) -> None:
+def test_heatmaps_of_moved_boxes_are_the_moved_heatmaps(flip_x: bool, flip_y: bool, degrees: float, seed: int) -> None:
     """To the last bit where the augmentation maps cells to cells."""
     generator = torch.Generator().manual_seed(seed)
     encoder = TargetEncoder(GRID, (1, 2), (1, 1, 1))
@@ -224,10 +229,21 @@ def check_moved(maps: Tensor, matrix: Tensor, extent: float, norm_bbox: bool = T
 
 
 @pytest.mark.parametrize("norm_bbox", [True, False])
-@pytest.mark.parametrize("kinds", [
-    {}, {"flip_x": True}, {"flip_y": True}, {"flip_x": True, "flip_y": True}, {"degrees": 90.0}, {"degrees": -90.0},
-    {"degrees": 180.0}, {"flip_x": True, "degrees": 90.0}, {"scale": 1.05}, {"degrees": 22.5, "scale": 0.95},
-])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {},
+        {"flip_x": True},
+        {"flip_y": True},
+        {"flip_x": True, "flip_y": True},
+        {"degrees": 90.0},
+        {"degrees": -90.0},
+        {"degrees": 180.0},
+        {"flip_x": True, "degrees": 90.0},
+        {"scale": 1.05},
+        {"degrees": 22.5, "scale": 0.95},
+    ],
+)
 def test_a_head_map_says_the_moved_boxes(kinds: dict[str, Any], norm_bbox: bool) -> None:
     matrix = torch.from_numpy(bev_matrix(**kinds))
     check_moved(random_head_map(norm_bbox=norm_bbox), matrix, HEAD_GRID.range, norm_bbox)
@@ -258,8 +274,9 @@ def test_a_head_map_that_lies_on_the_grid_again_keeps_its_offsets_and_changes_tw
 
 @pytest.mark.parametrize("kinds", [{"flip_x": True}, {"flip_y": True}, {"degrees": 90.0}, {"degrees": 180.0}])
 def test_a_head_decodes_a_moved_map_to_moved_boxes(kinds: dict[str, Any]) -> None:
-    head = GridCenterHead({"range": HEAD_GRID.range, "cell": HEAD_GRID.cell}, TASKS, 4, nms_radius=2.0,
-                          max_detections=10_000)
+    head = GridCenterHead(
+        {"range": HEAD_GRID.range, "cell": HEAD_GRID.cell}, TASKS, 4, nms_radius=2.0, max_detections=10_000
+    )
 
     def decoded(maps: Tensor) -> Any:
         parts = maps.split([10 + classes for classes in SIZES], 1)

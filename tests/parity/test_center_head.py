@@ -16,33 +16,71 @@ from torch import Tensor
 from models.head.center_head import REGRESSION, GridCenterHead
 from models.head.targets import Targets
 
-TASKS = [["car"], ["truck", "construction_vehicle"], ["bus", "trailer"], ["barrier"], ["motorcycle", "bicycle"],
-         ["pedestrian", "traffic_cone"]]
+TASKS = [
+    ["car"],
+    ["truck", "construction_vehicle"],
+    ["bus", "trailer"],
+    ["barrier"],
+    ["motorcycle", "bicycle"],
+    ["pedestrian", "traffic_cone"],
+]
 SEPARATE = {"type": "SeparateHead", "init_bias": -2.19, "final_kernel": 3}
 REACH = 51.2
 
 
-def heads(cell: float, radius: int, tasks: list[list[str]] = TASKS, nms: float = 0.0) -> tuple[GridCenterHead,
-                                                                                            CenterHead]:
+def heads(
+    cell: float, radius: int, tasks: list[list[str]] = TASKS, nms: float = 0.0
+) -> tuple[GridCenterHead, CenterHead]:
     """Ours and mmdet3d's with the same settings."""
     size = round(2 * REACH / cell)
-    ours = GridCenterHead({"range": REACH, "cell": cell, "z": [-5, 3]}, tasks, 4, separate_head=SEPARATE,
-                          share_conv_channel=8, min_radius=radius, nms_radius=nms, candidates=60, score_threshold=0.1,
-                          max_detections=10_000)
+    ours = GridCenterHead(
+        {"range": REACH, "cell": cell, "z": [-5, 3]},
+        tasks,
+        4,
+        separate_head=SEPARATE,
+        share_conv_channel=8,
+        min_radius=radius,
+        nms_radius=nms,
+        candidates=60,
+        score_threshold=0.1,
+        max_detections=10_000,
+    )
     limits = [-REACH, -REACH, -5, REACH, REACH, 3]
-    train = {"max_objs": 500, "dense_reg": 1, "grid_size": [size, size, 1], "point_cloud_range": limits,
-             "voxel_size": [cell, cell, 8], "out_size_factor": 1, "gaussian_overlap": 0.1, "min_radius": radius,
-             "code_weights": [1.0] * 10}
+    train = {
+        "max_objs": 500,
+        "dense_reg": 1,
+        "grid_size": [size, size, 1],
+        "point_cloud_range": limits,
+        "voxel_size": [cell, cell, 8],
+        "out_size_factor": 1,
+        "gaussian_overlap": 0.1,
+        "min_radius": radius,
+        "code_weights": [1.0] * 10,
+    }
     # mmdet3d compares the squared distance with its radius.
     test = {"nms_type": "circle", "min_radius": [nms**2] * len(tasks), "post_max_size": 10_000}
-    coder = {"type": "CenterPointBBoxCoder", "pc_range": limits[:2], "out_size_factor": 1, "voxel_size": [cell, cell],
-             "max_num": 60, "code_size": 9, "score_threshold": 0.1,
-             "post_center_range": [-REACH - 10, -REACH - 10, -10, REACH + 10, REACH + 10, 10]}
-    theirs = CenterHead(4, [{"num_class": len(t), "class_names": t} for t in tasks], coder,
-                        {name: (channels, 2) for name, channels in REGRESSION.items()}, separate_head=dict(SEPARATE),
-                        share_conv_channel=8, train_cfg=train, test_cfg=test,
-                        loss_cls={"type": "mmdet.GaussianFocalLoss", "reduction": "mean"},
-                        loss_bbox={"type": "mmdet.L1Loss", "reduction": "mean", "loss_weight": 0.25})
+    coder = {
+        "type": "CenterPointBBoxCoder",
+        "pc_range": limits[:2],
+        "out_size_factor": 1,
+        "voxel_size": [cell, cell],
+        "max_num": 60,
+        "code_size": 9,
+        "score_threshold": 0.1,
+        "post_center_range": [-REACH - 10, -REACH - 10, -10, REACH + 10, REACH + 10, 10],
+    }
+    theirs = CenterHead(
+        4,
+        [{"num_class": len(t), "class_names": t} for t in tasks],
+        coder,
+        {name: (channels, 2) for name, channels in REGRESSION.items()},
+        separate_head=dict(SEPARATE),
+        share_conv_channel=8,
+        train_cfg=train,
+        test_cfg=test,
+        loss_cls={"type": "mmdet.GaussianFocalLoss", "reduction": "mean"},
+        loss_bbox={"type": "mmdet.L1Loss", "reduction": "mean", "loss_weight": 0.25},
+    )
     return ours, theirs
 
 
@@ -96,8 +134,16 @@ def real_instances(dataroot: Path) -> list[InstanceData]:
     for sample in nusc.sample:
         _, boxes, _ = nusc.get_sample_data(sample["data"]["LIDAR_TOP"])
         boxes = [box for box in boxes if category_to_detection_name(box.name)]
-        rows = [[*box.center[:2], box.center[2] - box.wlh[2] / 2, *box.wlh[[1, 0, 2]],
-                 box.orientation.yaw_pitch_roll[0], *nusc.box_velocity(box.token)[:2]] for box in boxes]
+        rows = [
+            [
+                *box.center[:2],
+                box.center[2] - box.wlh[2] / 2,
+                *box.wlh[[1, 0, 2]],
+                box.orientation.yaw_pitch_roll[0],
+                *nusc.box_velocity(box.token)[:2],
+            ]
+            for box in boxes
+        ]
         labels = [names.index(category_to_detection_name(box.name)) for box in boxes]
         found.append(instances(torch.tensor(np.array(rows)).float(), torch.tensor(labels)))
     return found
@@ -125,8 +171,13 @@ def test_weights_and_maps_equal() -> None:
 
 def random_maps(tasks: list[list[str]], size: int, batch: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [{name: torch.randn(batch, channels, size, size, generator=generator)
-             for name, channels in (REGRESSION | {"heatmap": len(names)}).items()} for names in tasks]
+    return [
+        {
+            name: torch.randn(batch, channels, size, size, generator=generator)
+            for name, channels in (REGRESSION | {"heatmap": len(names)}).items()
+        }
+        for names in tasks
+    ]
 
 
 def test_losses_equal_on_random_maps_with_known_velocities() -> None:
@@ -188,5 +239,7 @@ def maps_of(targets: Targets, head: GridCenterHead) -> list[dict[str, Tensor]]:
         codes[task][:, targets.cell[0, task, valid]] = targets.code[0, task, valid].T
     logits = torch.logit(targets.heatmap.clamp(1e-6, 1 - 1e-6)).split([len(task) for task in TASKS], dim=1)
     parts = codes.view(len(TASKS), 10, size, size).split(list(REGRESSION.values()), dim=1)
-    return [{name: part[task][None] for name, part in zip(REGRESSION, parts, strict=True)} | {"heatmap": logits[task]}
-            for task in range(len(TASKS))]
+    return [
+        {name: part[task][None] for name, part in zip(REGRESSION, parts, strict=True)} | {"heatmap": logits[task]}
+        for task in range(len(TASKS))
+    ]

@@ -21,8 +21,11 @@ RESNETS: list[dict[str, Any]] = [
     {"depth": 50, "frozen_stages": 1},
     {"depth": 18, "frozen_stages": 0, "norm_cfg": {"type": "BN", "requires_grad": False}},
     {"depth": 18, "num_stages": 3, "strides": (1, 2, 2), "dilations": (1, 1, 2), "out_indices": (0, 2)},
-    {"depth": 50, "dcn": {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": False},
-     "stage_with_dcn": (False, False, True, True)},
+    {
+        "depth": 50,
+        "dcn": {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": False},
+        "stage_with_dcn": (False, False, True, True),
+    },
 ]
 NORM = {"type": "BN", "eps": 1e-3, "momentum": 0.1}
 
@@ -73,8 +76,13 @@ def test_second_is_mmdet3ds() -> None:
 
 @pytest.mark.parametrize(("strides", "conv"), [([1, 2], False), ([0.5, 1], True)])
 def test_second_fpn_is_mmdet3ds(strides: list[float], conv: bool) -> None:
-    config = {"in_channels": [8, 12], "out_channels": [4, 6], "upsample_strides": strides, "norm_cfg": NORM,
-              "use_conv_for_no_stride": conv}
+    config = {
+        "in_channels": [8, 12],
+        "out_channels": [4, 6],
+        "upsample_strides": strides,
+        "norm_cfg": NORM,
+        "use_conv_for_no_stride": conv,
+    }
     assert_same("SECONDFPN", "mmdet3d.SECONDFPN", config, [torch.randn(2, 8, 16, 16), torch.randn(2, 12, 8, 8)])
 
 

@@ -30,8 +30,14 @@ TERMS: dict[str, dict[str, Any]] = {
     "kl": MAPS | {"distance": "kl", "mask": {"kind": "none"}},
     "centers": MAPS | {"distance": "sl1", "mask": {"kind": "gt_centers"}},
     "everywhere": MAPS | {"distance": "qfl", "mask": {"kind": "none"}},
-    "spatial": DENSE | {"student": "bev_view", "teacher": "large.bev_view", "distance": "cos_rel", "adapter": {},
-                        "mask": {"kind": "visible_views"}},
+    "spatial": DENSE
+    | {
+        "student": "bev_view",
+        "teacher": "large.bev_view",
+        "distance": "cos_rel",
+        "adapter": {},
+        "mask": {"kind": "visible_views"},
+    },
     "temporal": DENSE | {"student": "bev_lift", "distance": "kl_rel", "adapter": {}},
     "attention": DENSE | {"distance": "attention", "adapter": {}},
     "adversarial": DENSE | {"distance": "bce_adv", "adapter": {"kind": "grl_disc", "width": 8}},

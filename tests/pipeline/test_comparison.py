@@ -166,8 +166,11 @@ def test_what_a_model_was_made_from_and_looks_like(root: Path, store: MlflowClie
     for name in artifacts(store, row, "images"):
         with Image.open(store.download_artifacts(row.info.run_id, f"images/{name}")) as picture:
             sizes[name.split("+")[0], name.endswith("+compressed.webp")] = picture.size
-    assert sizes == {(f"00 {panel}", small): (960, 480) if small else (1200, 600)
-                     for panel in ("bev", "cameras") for small in (True, False)}
+    assert sizes == {
+        (f"00 {panel}", small): (960, 480) if small else (1200, 600)
+        for panel in ("bev", "cameras")
+        for small in (True, False)
+    }
     table = json.loads(Path(store.download_artifacts(row.info.run_id, "tables/confusion.json")).read_text())
     assert table == {"columns": ["truth", "car", "missed"], "data": [["car", 3, 4], ["nothing", 6, 0]]}
     recipe = yaml.safe_load(Path(store.download_artifacts(row.info.run_id, "recipe.yaml")).read_text())
@@ -229,8 +232,11 @@ def test_seeds_that_are_no_longer_in_the_study_leave_it(root: Path, store: Mlflo
     parent = runs(store, state="current")["study small (demo)"].info.run_id
     below = {name for name, run in runs(store, state="current").items() if "mlflow.parentRunId" in run.data.tags}
     assert below == {"lidar", "baseline-0", "xod-0"}
-    assert all(run.data.tags["mlflow.parentRunId"] != parent for run in runs(store, state="replaced").values()
-               if run.info.run_name != "study small (demo)")
+    assert all(
+        run.data.tags["mlflow.parentRunId"] != parent
+        for run in runs(store, state="replaced").values()
+        if run.info.run_name != "study small (demo)"
+    )
 
 
 def test_a_server_that_is_away(root: Path, store: MlflowClient, database: str, monkeypatch: pytest.MonkeyPatch) -> None:

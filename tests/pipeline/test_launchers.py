@@ -191,5 +191,3 @@ def test_two_agents_train_what_one_process_does(make_project: Callable[..., Proj
             assert shared[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, alone["step"])
     states = [load_file(project.root / f"state-{world}.safetensors") for world in (1, 2)]
     assert max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0]) < 1e-4
-
-

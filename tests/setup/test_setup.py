@@ -133,8 +133,10 @@ def test_spconv_on_triton_is_one_module_under_two_names(tmp_path: Path) -> None:
     (package / "pytorch" / "__init__.py").write_text("from spconv_triton.pytorch import ops\n")
     (package / "pytorch" / "ops.py").write_text("")
     (tmp_path / "spconv.py").write_text((SETUP / "spconv_on_triton.py").read_text())
-    code = ("import spconv, spconv.pytorch.ops, spconv_triton.pytorch.ops\n"
-            "from spconv.pytorch import ops\n"
-            "print(spconv.__version__, ops is spconv.pytorch.ops is spconv_triton.pytorch.ops)")
+    code = (
+        "import spconv, spconv.pytorch.ops, spconv_triton.pytorch.ops\n"
+        "from spconv.pytorch import ops\n"
+        "print(spconv.__version__, ops is spconv.pytorch.ops is spconv_triton.pytorch.ops)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2.3.8", "True"]

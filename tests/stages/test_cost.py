@@ -169,9 +169,7 @@ def test_speed_is_measured_in_every_precision(monkeypatch: pytest.MonkeyPatch) -
     }  # fmt: skip
 
 
-def test_the_stage_measures_every_model_once(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stage_measures_every_model_once(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[dict[str, Any]] = []
     monkeypatch.setattr(cost, "build_detector", lambda config: built.append(config) or build_detector(config))
     monkeypatch.setattr(cost, "TURNS", {1: Turns(0, 1), 8: Turns(0, 1)})

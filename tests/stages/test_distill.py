@@ -78,9 +78,7 @@ def kinds_of(store: str) -> list[str]:
 
 def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
     raw = read_yaml(ROOT / "params.yaml")
-    raw["stores"] = {
-        name: {"teacher": "lidar", "score_threshold": 0.1, "taps": taps} for name, taps in STORES.items()
-    }
+    raw["stores"] = {name: {"teacher": "lidar", "score_threshold": 0.1, "taps": taps} for name, taps in STORES.items()}
     raw["variants"] = {
         f"from-{name}": {"student": "camera", "terms": terms_of(name, *kinds_of(name))} for name in STORES
     } | {"baseline": {"student": "camera", "terms": {}}}
@@ -171,9 +169,7 @@ def test_the_online_teacher_runs_in_float32(root: Path) -> None:
 
 
 @pytest.mark.parametrize("store", ["live", "small"])
-def test_only_the_student_trains_and_is_exported(
-    root: Path, store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_student_trains_and_is_exported(root: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run: the teacher's parameters and buffers keep every bit, and no file or optimiser has them."""
     opened = []
     monkeypatch.setattr(distill, "Distillation", lambda *parts: opened.append(Distillation(*parts)) or opened[-1])

@@ -297,9 +297,7 @@ def test_the_stage_publishes_equal_bytes_twice(
 
 
 def test_a_student_is_given_images_only(project: Path, params: Params) -> None:
-    dataset = plain_dataset(
-        project, params, "mini_val", load_detector(project / "outputs/students/two-words-3")
-    )
+    dataset = plain_dataset(project, params, "mini_val", load_detector(project / "outputs/students/two-words-3"))
     sample = dataset[0]
     assert sample.images.numel() > 0
     assert (sample.points.numel(), sample.boxes.numel(), sample.depth.numel()) == (0, 0, 0)

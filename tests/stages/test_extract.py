@@ -181,20 +181,24 @@ def test_a_stored_head_is_the_online_one_without_augmentation(root: Path) -> Non
     assert outputs["lidar.head.valid"].all()
     torch.testing.assert_close(outputs["lidar.head"], outputs["live.head"], rtol=1e-3, atol=1e-4)
     shared = {"student": "head", "weight": 1.0}
-    kinds = {"cls": shared | {"distance": "qfl"},
-             "box": shared | {"distance": "sl1", "mask": {"kind": "gt_centers"}}}
-    configs = {f"{name}_{kind}": TermConfig(**term, teacher=f"{name}.head")
-               for name in ("lidar", "live") for kind, term in kinds.items()}
+    kinds = {"cls": shared | {"distance": "qfl"}, "box": shared | {"distance": "sl1", "mask": {"kind": "gt_centers"}}}
+    configs = {
+        f"{name}_{kind}": TermConfig(**term, teacher=f"{name}.head")
+        for name in ("lidar", "live")
+        for kind, term in kinds.items()
+    }
     terms = Recipe(configs, teacher.plain.targets, {}, {"lidar.head": 70, "live.head": 70})
     with torch.no_grad():
         torch.manual_seed(0)
-        head = [{name: maps + torch.randn_like(maps) for name, maps in task.items()}
-                for task in teacher.plain(batch).head]
+        head = [
+            {name: maps + torch.randn_like(maps) for name, maps in task.items()} for task in teacher.plain(batch).head
+        ]
         batch.boxes = [rows[:20, :9] for rows in outputs["live.boxes"]]
         batch.labels = [rows[:20, 10].long() for rows in outputs["live.boxes"]]
         # Untrained scores are all about 0.1, above which a cell counts: rounding must not decide whether it does.
-        losses = terms(Prediction(head, {}), {name: outputs[name] + 1.0 for name in ("lidar.head", "live.head")}, batch,
-                       0.0)
+        losses = terms(
+            Prediction(head, {}), {name: outputs[name] + 1.0 for name in ("lidar.head", "live.head")}, batch, 0.0
+        )
     assert min(len(boxes) for boxes in batch.boxes) > 0
     for kind in kinds:
         assert losses[f"lidar_{kind}"] > 0

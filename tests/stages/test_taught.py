@@ -42,10 +42,13 @@ def build(folder: Path, encoding: Encoding) -> Store:
     identity = StoreIdentity("w", "p", "i", "c", str(encoding))
     with StoreWriter(folder, identity, taps, TOKENS, 2, calibration) as writer:
         for shard in writer.missing():
-            writer.write(shard, (
-                (t, {"boxes": boxes_of(t), "bev_lift": maps_of(t), "bev_lift.keep": keep_of(t)})
-                for t in writer.shards[shard]
-            ))
+            writer.write(
+                shard,
+                (
+                    (t, {"boxes": boxes_of(t), "bev_lift": maps_of(t), "bev_lift.keep": keep_of(t)})
+                    for t in writer.shards[shard]
+                ),
+            )
         writer.finish()
     return Store.open(folder)
 
@@ -144,8 +147,13 @@ def test_a_workers_batch_is_the_same(tmp_path: Path) -> None:
     dataset = taught(build(tmp_path, Encoding("int8", cells="foreground", compression="zstd")), {BOXES, MAP})
     keys = [(0, i, i) for i in range(3)]
     here = collate_taught([dataset[key] for key in keys])
-    loader: Any = torch.utils.data.DataLoader(dataset, sampler=keys, batch_size=3, collate_fn=collate_taught,  # type: ignore[arg-type]
-                                              num_workers=1)
+    loader: Any = torch.utils.data.DataLoader(
+        dataset,
+        sampler=keys,
+        batch_size=3,
+        collate_fn=collate_taught,  # type: ignore[arg-type]
+        num_workers=1,
+    )
     there = next(iter(loader))
     assert here.teacher.keys() == there.teacher.keys()
     assert torch.equal(here.teacher[MAP], there.teacher[MAP])
@@ -252,8 +260,13 @@ def test_instances_go_through_a_worker_and_to_a_device(tmp_path: Path) -> None:
     dataset = cameras_of(tmp_path)
     keys = [(0, i, i) for i in range(3)]
     here = collate_taught([dataset[key] for key in keys])
-    loader: Any = torch.utils.data.DataLoader(dataset, sampler=keys, batch_size=3, collate_fn=collate_taught,  # type: ignore[arg-type]
-                                              num_workers=1)
+    loader: Any = torch.utils.data.DataLoader(
+        dataset,
+        sampler=keys,
+        batch_size=3,
+        collate_fn=collate_taught,  # type: ignore[arg-type]
+        num_workers=1,
+    )
     there = next(iter(loader))
     assert isinstance(there.teacher[INSTANCES], CameraBatch)
     assert equal(here.teacher[INSTANCES], there.teacher[INSTANCES])

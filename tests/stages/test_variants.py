@@ -55,8 +55,10 @@ def outputs(batch: Any, size: int) -> dict[str, Any]:
     def maps(channels: int) -> Tensor:
         return torch.randn(count, channels, size, size, generator=generator)
 
-    rows = [torch.cat([b, torch.full((len(b), 1), 0.7), n[:, None].float()], 1)
-            for b, n in zip(batch.boxes, batch.labels, strict=True)]
+    rows = [
+        torch.cat([b, torch.full((len(b), 1), 0.7), n[:, None].float()], 1)
+        for b, n in zip(batch.boxes, batch.labels, strict=True)
+    ]
     cameras = [[instances(height, width)] * batch.images.shape[2]] * count
     dense = {tap: maps(channels) if tap == "head" else maps(channels).relu() for tap, channels in MAPS.items()}
     return {"boxes": rows, "inst2d": cameras} | dense

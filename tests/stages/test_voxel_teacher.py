@@ -56,8 +56,10 @@ def values(city: Path) -> dict[str, Any]:
     long = train | {"epochs": STEPS // SAMPLES, "lr": 0.01, "ema_decay": 0.9, "checkpoint_minutes": 0, "log_every": 1}
     raw["teachers"] |= {name: {"model": voxel_config(), "train": long} for name in ("lidar", "undisturbed")}
     raw["teachers"]["fusion"] = {"model": FUSION, "train": train}
-    raw["stores"] = {"lidar": {"teacher": "lidar", "score_threshold": 0.1, "taps": TAPS},
-                     "live": {"teacher": "lidar", "score_threshold": 0.1, "taps": {"bev_neck": {"serve": "online"}}}}
+    raw["stores"] = {
+        "lidar": {"teacher": "lidar", "score_threshold": 0.1, "taps": TAPS},
+        "live": {"teacher": "lidar", "score_threshold": 0.1, "taps": {"bev_neck": {"serve": "online"}}},
+    }
     raw["students"] = {"camera": {"model": camera_config(), "train": train}}
     raw["variants"] = {"taught": {"student": "camera", "terms": TERMS}}
     raw["study"] |= {"segmenters": [], "stores": ["lidar"], "variants": ["taught"], "featured": [], "baselines": []}
@@ -194,9 +196,7 @@ def test_a_fusion_teacher_starts_from_it_and_trains(root: Path, params: Params) 
         assert 0 < (trained[f"lidar.middle.{name}"] - weights[f"middle.{name}"]).abs().max() < 0.02  # of a few steps
 
 
-def test_it_teaches_a_student_from_its_store_and_in_the_step(
-    root: Path, params: Params, student: StageContext
-) -> None:
+def test_it_teaches_a_student_from_its_store_and_in_the_step(root: Path, params: Params, student: StageContext) -> None:
     expected = by_hand(root)
     batch = a_batch(root, params, expected)
     with torch.no_grad():

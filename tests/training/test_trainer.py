@@ -204,9 +204,7 @@ def test_learns_and_reports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_resume_is_bit_exact_at_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+def test_resume_is_bit_exact_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     whole = fit(tmp_path / "whole", precision=precision)
     done = 0
