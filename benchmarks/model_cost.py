@@ -35,7 +35,7 @@ from config.profiles import apply_profile
 from data.reading.batch import Batch, collate
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
-from distill import Recipe, TermConfig
+from distill.recipe import Recipe
 from models.detectors.bevformer import BEVFormer
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
@@ -121,9 +121,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         alone = variant in params.teachers
         settings = params.teachers[variant] if alone else params.student(variant)
-        self.terms = (
-            {} if alone else {name: TermConfig(**config) for name, config in params.variants[variant].terms.items()}
-        )
+        self.terms = {} if alone else params.variants[variant].terms
         self.train, self.size = settings.train, params.input.image.size
         self.student: Detector = build_detector(settings.model).to(self.device)
         self.frozen = {

@@ -39,8 +39,8 @@ build_detector(load_params(Path("params.yaml")).teachers["start"].model)
 """
 )
 STAGES = {
-    "generate": "generate@city", "prepare": "prepare", "needs": "needs@baseline", "evaluate": "evaluate@baseline-0",
-    "film": "film", "report": "report",
+    "generate": "generate@city", "prepare": "prepare", "check": "check", "needs": "needs@baseline",
+    "evaluate": "evaluate@baseline-0", "film": "film", "report": "report",
     "teacher": "teacher@lidar", "extract": "extract@lidar", "distill": "distill@baseline-0",
     "predict": "predict@baseline-0", "features": "features@simdistill-0", "cost": "cost",
     "segmenter": "segmenter@instance",

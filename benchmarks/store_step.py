@@ -33,7 +33,7 @@ from config.params import Params, load_params
 from data.reading.batch import Sample, collate
 from data.reading.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
-from distill import TermConfig
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from stages.distill import Distillation, make_recipe
@@ -143,7 +143,7 @@ class Bench:
         """
         self.params, self.scratch = params, scratch
         self.settings = params.student(VARIANT)
-        self.terms = {name: TermConfig(**term) for name, term in params.variants[VARIANT].terms.items()}
+        self.terms = dict(params.variants[VARIANT].terms)
         seed_everything(MODEL, 0)
         self.teacher = build_detector(params.teachers["lidar"].model).eval()
         self.samples = random_samples(params, samples)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from base import redaction
 from base.errors import PipelineError
 from base.section import Count, Fraction, Positive, Section
+from distill.terms import TermConfig
 from training.config import TrainConfig
 
 Size = tuple[Count, Count]
 Range = tuple[float, float]
+NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_][A-Za-z0-9_-]*")  # of a model, a store or a variant
 EXACT_TAPS = ("boxes", "inst2d")  # ragged, stored as they are
 COARSEST_STRIDE = 32  # pixels per cell of an image backbone's last stage
 
@@ -248,12 +251,41 @@ class VariantParams(Section):
     """One arm of the ablation: a student, its distillation terms, and what it overrides of the student's settings."""
 
     student: str
-    terms: dict[str, dict[str, Any]]
+    terms: dict[str, TermConfig]
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
     start: Start = None  # instead of the student's
     truth: bool = True  # False: no losses against boxes of the ground truth, the teachers' only
     row: str | None = None  # of a paper's table that this variant reproduces
+
+
+class Resources(Section):
+    """What a stage asks for on each node; none of it changes a result."""
+
+    gpus: int = Field(ge=0)
+    cpus: Count | None  # None: what the scheduler gives by itself
+    hours: Positive  # from the start of the stage to its end
+
+
+class DistributedResources(Resources):
+    """Of a stage that can run in several processes."""
+
+    nodes: Count
+
+
+class ResourcesParams(Section):
+    """What the stages ask for; dvc.yaml takes it into their `meta`."""
+
+    generate: Resources
+    prepare: Resources
+    teacher: DistributedResources  # of any step
+    segmenter: DistributedResources
+    extract: DistributedResources
+    distill: DistributedResources
+    predict: Resources
+    evaluate: Resources
+    cost: Resources
+    features: Resources
 
 
 class StorageParams(Section):
@@ -284,7 +316,7 @@ class StudyParams(Section):
     variants: list[str]
     baselines: list[str] = []  # variants that those listed behind them are compared with; none: the first variant
     featured: list[str]  # variants whose simulated LiDAR features are drawn beside the teacher's
-    seeds: list[int]
+    seeds: list[Annotated[int, Field(ge=0)]]
     search: str | None = None  # studies/results/<search>.json: how the weights of the terms were chosen
 
     @property
@@ -321,8 +353,9 @@ class Params(Section):
     stores: dict[str, StoreParams]
     store: StorageParams
     students: dict[str, StudentParams]
-    terms: dict[str, dict[str, Any]]
+    terms: dict[str, TermConfig]
     variants: dict[str, VariantParams]
+    resources: ResourcesParams
     study: StudyParams
     evaluate: EvaluateParams
 
@@ -336,7 +369,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        problems = [*self._unknown_names(), *self._bad_stores(), *self._bad_variants()]
+        problems = [*self._bad_names(), *self._unknown_names(), *self._bad_stores(), *self._bad_variants()]
         if self.data.generated and self.input.sweeps > self.city.sweeps:
             problems.append(
                 f"input.sweeps: {self.input.sweeps} is more than city.sweeps {self.city.sweeps}: "
@@ -345,6 +378,17 @@ class Params(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _bad_names(self) -> Iterable[str]:
+        """Names go into those of DVC's stages, of files, and into commands."""
+        sections: dict[str, Iterable[str]] = {
+            "teachers": self.teachers, "segmenters": self.segmenters, "stores": self.stores, "students": self.students,
+            "variants": self.variants, "data.worlds": self.data.worlds,
+        }  # fmt: skip
+        for section, names in sections.items():
+            for name in names:
+                if not NAME.fullmatch(name):
+                    yield f"{section}: {name!r} is no name: it is made of letters, digits, _ and -, one letter at least"
 
     def _unknown_names(self) -> Iterable[str]:
         checks: list[tuple[str, list[str], Collection[str]]] = [
@@ -373,7 +417,7 @@ class Params(Section):
         for where, names, known in checks:
             for name in names:
                 if name not in known:
-                    yield f"{where}: {name!r} is unknown{_suggest(name, known)}"
+                    yield f"{where}: {name!r} is unknown{suggest(name, known)}"
             for name in sorted({name for name in names if names.count(name) > 1}):
                 yield f"{where}: {name!r} is listed more than once"
         if self.study.segmenters and self.data.instances is None:
@@ -422,7 +466,7 @@ class Params(Section):
     def _bad_variants(self) -> Iterable[str]:
         for name, variant in self.variants.items():
             for term, config in variant.terms.items():
-                yield from self._bad_teacher_tap(f"variants.{name}.terms.{term}.teacher", config, name)
+                yield from self._bad_teacher_taps(f"variants.{name}.terms.{term}.teacher", config, name)
             if name in self.study.variants:
                 yield from self._missing_start(name)
             if variant.student in self.students:
@@ -442,17 +486,18 @@ class Params(Section):
                     f"which is not in {self.study.places}"
                 )
 
-    def _bad_teacher_tap(self, where: str, term: Mapping[str, Any], variant: str) -> Iterable[str]:
-        source = term.get("teacher")
-        if not isinstance(source, str):  # a term without a teacher, or one that `distill` will refuse
-            return
-        name, _, tap = source.partition(".")
-        if name not in self.stores:
-            yield f"{where}: {source!r} names an unknown store{_suggest(name, self.stores)}"
-        elif tap not in (taps := self.stores[name].taps):
-            yield f"{where}: {source!r} names a tap that stores.{name}.taps lacks{_suggest(tap, taps)}"
-        elif variant in self.study.variants:
-            yield from self._missing_source(where, name, tap)
+    def _bad_teacher_taps(self, where: str, term: TermConfig, variant: str) -> Iterable[str]:
+        """Of all that a term reads: its own tap, and those that its distance and its mask look at beside it."""
+        for source in sorted(term.teacher_taps, key=lambda source: source != term.teacher):
+            name, _, tap = source.partition(".")
+            if name not in self.stores:
+                yield f"{where}: {source!r} names an unknown store{suggest(name, self.stores)}"
+                return
+            if tap not in (taps := self.stores[name].taps):
+                beside = "" if source == term.teacher else ", which the term reads beside its own"
+                yield f"{where}: {source!r} names a tap that stores.{name}.taps lacks{beside}{suggest(tap, taps)}"
+            elif variant in self.study.variants:
+                yield from self._missing_source(where, name, tap)
 
     def _missing_source(self, where: str, name: str, tap: str) -> Iterable[str]:
         """What the study lacks of a tap that one of its variants reads."""
@@ -475,7 +520,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     profiles = sorted(p.stem for p in (path.parent / "profiles").glob("*.yaml"))
     if profiles and params.profile not in profiles:
         raise ParamsError(
-            f"{path} is not valid:\n  profile: {params.profile!r} is unknown{_suggest(params.profile, profiles)}"
+            f"{path} is not valid:\n  profile: {params.profile!r} is unknown{suggest(params.profile, profiles)}"
         )
     return params
 
@@ -553,14 +598,23 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             known = _fields(model, item["loc"][:-1])
-            yield f"{where}: unknown key{_suggest(str(item['loc'][-1]), known)}"
+            yield f"{where}: unknown key{suggest(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
             yield f"{where}: missing"
+        elif item["type"] == "literal_error":
+            yield f"{where}: {item['input']!r} is unknown{suggest(str(item['input']), _allowed(item))}"
+        elif item["loc"][-1:] == ("[key]",):
+            yield f"{where.removesuffix('.[key]')}: {item['input']!r} is no name: it must be text, with a letter in it"
         elif item["type"] == "value_error":
             for line in str(item["ctx"]["error"]).splitlines():
                 yield f"{where}: {line}" if where else line
         else:
             yield f"{where}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _allowed(item: Any) -> list[str]:
+    """The values that an entry may have, out of pydantic's words: 'a', 'b' or 'c'."""
+    return re.findall(r"(?:^|, | or )'?(.+?)'?(?=, | or |$)", item["ctx"]["expected"])
 
 
 def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -574,7 +628,7 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...? allowed: ...` for a name that is not among the known ones."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import xxhash
 
+from base.errors import PipelineError
 
-class MissingFileError(RuntimeError):
+
+class MissingFileError(PipelineError, RuntimeError):
     """Something that is to be hashed does not exist; the message says what."""
 
 

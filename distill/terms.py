@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-
-class Strict(BaseModel):
-    """Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from base.section import Section
 
 
-class MaskConfig(Strict):
+class Written(Section):
+    """A section that is shown as it was written: what was left to its default is left out."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialise(self).items() if name in self.model_fields_set}
+
+
+class MaskConfig(Written):
     """Where a term looks."""
 
-    kind: str = "none"
+    kind: Literal[
+        "none",
+        "occupied",
+        "balanced",
+        "gt_gauss",
+        "phi_softmax",
+        "uniform",
+        "gt_heat",
+        "teacher_conf",
+        "gt_centers",
+        "visible_views",
+    ] = "none"
     """For dense maps a name in `masks.MASKS`; what other terms take is in docs/models.md."""
     threshold: float = Field(default=0.3, ge=0, le=1)
     """`teacher_conf`: score above which a teacher's box, head cell or instance counts."""
@@ -28,16 +43,16 @@ class MaskConfig(Strict):
     """`phi_softmax`: of the softmax over the cells' scores."""
 
 
-class AdapterConfig(Strict):
+class AdapterConfig(Written):
     """How a student's map is brought to the teacher's width; trained with the student, never exported."""
 
-    kind: str = "id"
+    kind: Literal["id", "conv1x1", "conv3x3bnrelu", "decoder", "resize", "projection", "grl_disc", "mask_rcnn"] = "id"
     """For dense maps a name in `adapters.ADAPTERS`; `grl_disc` for `bce_adv`, `mask_rcnn` for `maskrcnn`."""
     width: int | None = Field(default=None, gt=0)
     """Hidden channels of `decoder` (default the teacher's), of the discriminator or of the instance heads."""
 
 
-class TermConfig(Strict):
+class TermConfig(Written):
     """One distillation loss."""
 
     student: str
@@ -66,9 +81,14 @@ class TermConfig(Strict):
         head = {self.beside("head")} if self.mask.kind == "phi_softmax" else set()
         return frozenset({self.teacher} | previous | head)
 
+    @property
+    def store(self) -> str:
+        """The entry of `stores` that the term reads."""
+        return self.teacher.partition(".")[0]
+
     def beside(self, tap: str) -> str:
         """`<teacher>.<tap>` of another tap of the term's teacher."""
-        return f"{self.teacher.partition('.')[0]}.{tap}"
+        return f"{self.store}.{tap}"
 
     @model_validator(mode="after")
     def _teacher_tap(self) -> TermConfig:

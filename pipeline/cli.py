@@ -59,6 +59,17 @@ def run(
 
 
 @app.command()
+def check() -> None:
+    """See that params.yaml is right and that all it asks for can be built: models, taps, starts, terms."""
+    from config.params import load_params
+
+    params = load_params(prepare() / "params.yaml")
+    from stages.check import check  # late: it brings torch, and what is misspelt is said without
+
+    print(check(params))
+
+
+@app.command()
 def stage(name: str, key: Annotated[str | None, typer.Option(help="Which of a group: lidar, xod-0.")] = None) -> None:
     """Run one stage here (DVC calls this; `dvc repro --single-item NAME@KEY` also records the result)."""
     from pipeline.stage import run_stage

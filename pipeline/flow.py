@@ -1,8 +1,9 @@
 """The Prefect flow over DVC's graph.
 
-dvc.yaml is the only DAG: the flow reads it, asks for the status once, and submits what is out of date (and what follows
-from that) as `dvc --wait-for-lock repro --single-item STAGE`, each in a process group of its own. Prefect orders, shows
-and cancels; DVC decides whether a stage really runs, and records it.
+dvc.yaml is the only DAG: the flow reads it, asks for the status once, and submits what is out of date as
+`dvc --wait-for-lock repro --single-item STAGE`, each in a process group of its own. A stage that only follows such a
+one is decided when that has ended: by the hashes of what it reads, without a process. Prefect orders, shows and
+cancels; DVC decides whether a stage really runs, and records it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from base.errors import PipelineError
 from base.stopping import PREEMPTED
 from config import graph
 from config.graph import Node
+from config.params import load_params
 from pipeline import launchers, slots
 from pipeline.processes import Children, stop_groups
 
@@ -49,16 +51,28 @@ HINTS = (
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 PREEMPTION = f"exited with {PREEMPTED}"
 COUNTS = re.compile(r"(?:.* )?(\d+)/([1-9]\d*)(?: .*)?")  # base/progress.py: `extract 40/128 ...`
+Action = Literal["run", "perhaps", "cached"]
 Outcome = Literal["done", "cached", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in a plan; without reasons it is up to date."""
+    """A stage in a plan."""
 
     node: Node
-    reasons: list[str]
+    reasons: list[str]  # of its own to run
+    after: list[str]  # stages of the plan that it reads from and that are not up to date
     beside: int  # stages of the graph that may run at the same time
+
+    @property
+    def action(self) -> Action:
+        """What becomes of it: one that only follows others runs if these make something else than before."""
+        return "run" if self.reasons else "perhaps" if self.after else "cached"
+
+    @property
+    def why(self) -> str:
+        """Its reasons in words."""
+        return "; ".join([*self.reasons, *(f"after {name}" for name in self.after)]) or "up to date"
 
 
 Plan = dict[str, Step]
@@ -91,13 +105,13 @@ class Run:
 
 def make_plan(root: Path, targets: Sequence[str]) -> Plan:
     """The targets and all they need (without targets: everything), each with the reasons to run it."""
+    load_params(root / "params.yaml")  # says what is wrong in words, which DVC may not
     everything, changed = graph.graph_and_status(root)
     nodes, beside = graph.select(everything, targets), graph.beside(everything)
     plan: Plan = {}
     for name, node in nodes.items():
-        reasons = list(changed.get(name, ()))
-        reasons += [f"after {other}" for other in node.upstream if other in plan and plan[other].reasons]
-        plan[name] = Step(node, reasons, beside[name])
+        after = [other for other in node.upstream if other in plan and plan[other].action != "cached"]
+        plan[name] = Step(node, list(changed.get(name, ())), after, beside[name])
     return plan
 
 
@@ -106,19 +120,17 @@ def describe(plan: Plan) -> str:
     if not plan:
         return "dvc.yaml has no stages"
     width = max(len(name) for name in plan)
-    lines = [f"{'stage':{width}}  action  gpus  why"]
+    lines = [f"{'stage':{width}}  action   gpus  why"]
     for name, step in plan.items():
-        action = "run" if step.reasons else "cached"
-        lines.append(
-            f"{name:{width}}  {action:6}  {step.node.meta.get('gpus', 0):>4}  {'; '.join(step.reasons) or 'up to date'}"
-        )
-    lines.append(f"{sum(bool(step.reasons) for step in plan.values())} of {len(plan)} stages to run")
-    return "\n".join(lines)
+        lines.append(f"{name:{width}}  {step.action:7}  {step.node.meta.get('gpus', 0):>4}  {step.why}")
+    counts = Counter(step.action for step in plan.values())
+    perhaps = f", {counts['perhaps']} perhaps" if counts["perhaps"] else ""
+    return "\n".join([*lines, f"{counts['run']} of {len(plan)} stages to run{perhaps}"])
 
 
 def run(plan: Plan, root: Path, max_parallel: int | None = None) -> int:
     """Run a plan here as a flow; returns the exit code: 0, or 1 when a stage failed."""
-    if not any(step.reasons for step in plan.values()):
+    if all(step.action == "cached" for step in plan.values()):
         print("everything is up to date")
         return 0
     with alone(root), _ends_with_exit():
@@ -187,7 +199,8 @@ def _task(this: Run) -> Any:
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def reproduce(name: str) -> Any:
-        if not this.plan[name].reasons:
+        action = this.plan[name].action
+        if action == "cached" or (action == "perhaps" and _reads_the_same(this.root, name)):
             this.results[name] = Result("cached")
             return Completed(name="Cached")
         try:
@@ -202,6 +215,24 @@ def _task(this: Run) -> Any:
         return Completed() if result.outcome == "done" else Failed(message=result.note)
 
     return reproduce
+
+
+def _reads_the_same(root: Path, name: str) -> bool:
+    """Whether DVC recorded a stage with the command, dependencies and params that it has now, and its outs are there.
+
+    That they are as recorded was seen when the plan was made.
+    """
+    from pipeline.lockfile import recorded
+
+    try:
+        spec, entry = graph.resolve(name, root), recorded(root / "dvc.lock", name)
+    except graph.GraphError:  # DVC will say what is wrong
+        return False
+    if entry is None or not all((root / out).exists() for out in spec.outs):
+        return False
+    deps = {dep["path"]: dep.get("md5") for dep in entry.get("deps", ())}
+    params = {key: value for values in entry.get("params", {}).values() for key, value in values.items()}
+    return (entry["cmd"], deps, params) == (spec.cmd, spec.deps, spec.params)
 
 
 def _gpus(this: Run, name: str) -> int:
@@ -375,7 +406,7 @@ def _tracked(this: Run) -> Iterator[None]:
     tags = {
         "kind": "flow",
         "profile": read_yaml(params).get("profile") if params.exists() else None,
-        "stages": " ".join(name for name, step in this.plan.items() if step.reasons)[:4000],
+        "stages": " ".join(name for name, step in this.plan.items() if step.action != "cached")[:4000],
     }
     tracker = MlflowTracker("flow", this.root, tags | git_tags(this.root), for_others=True)
     this.environment |= {PARENT: tracker.id, LATER: os.environ.get(LATER) or BY_FLOW}

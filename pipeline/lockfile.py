@@ -80,6 +80,15 @@ def updated(text: str, entries: Mapping[str, Any]) -> str | None:
     return HEAD + "".join((known | {name: written(name, entry) for name, entry in entries.items()}).values())
 
 
+def recorded(path: Path, name: str) -> dict[str, Any] | None:
+    """What dvc.lock says of a stage, by its lines alone where that is possible; None where it says nothing."""
+    text = path.read_text(encoding="utf-8") if path.exists() else HEAD
+    found = re.search(rf"(?m)^  {re.escape(name)}:\n(?:    .*\n)+", text)
+    lines = "stages:\n" + found[0] if found and not _tangled(found[0]) else text
+    entry = (YAML(typ="safe").load(lines).get("stages") or {}).get(name)
+    return dict(entry) if entry else None
+
+
 def written(name: str, entry: Any) -> str:
     """The lines of a stage, as DVC writes them; anchors have its name, so that no two in the file are alike."""
     yaml = YAML()

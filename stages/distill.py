@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from config.params import BevParams, ImportParams, StudentParams, split_key
 from data.reading.batch import collate
-from data.reading.blobs import BlobError
 from data.reading.dataset import NuScenesDataset
-from data.store import Store, StoreError
-from distill import Recipe, TermConfig
+from data.store import Store
+from distill.recipe import Recipe
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.head.targets import TargetEncoder
@@ -72,23 +71,20 @@ def run(context: StageContext) -> None:
     if variant not in context.params.variants:
         raise StageError(f"variant {variant!r}: params.yaml has {', '.join(context.params.variants)}")
     settings, truth = context.params.student(variant), context.params.variants[variant].truth
-    try:
-        terms = {name: TermConfig(**term) for name, term in context.params.variants[variant].terms.items()}
-        if not truth and all(term.student != "head" for term in terms.values()):
-            raise StageError(f"variant {variant!r}: with truth false its head needs a term to learn from")
-        # The student comes first and from its own seed: all variants of a seed start from the same weights.
-        seed_everything(MODEL, seed)
-        student = build_detector(settings.model)
-        start_as_set(context, student, settings)
-        sources = open_sources(context, terms, student.targets)
-        statistics = tap_statistics(context, sources)
-        seed_everything(RECIPE, seed)
-        task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
-        samples = samples_of(context, student, sources, seed, settings.bev)
-        dataset, collate_batch = taught(samples, task.recipe, sources)
-        weights = train_stage(context, task, dataset, collate_batch, of_student(settings.train), seed, samples.classes)
-    except (StoreError, BlobError, ValidationError) as error:
-        raise StageError(str(error)) from error
+    terms = context.params.variants[variant].terms
+    if not truth and all(term.student != "head" for term in terms.values()):
+        raise StageError(f"variant {variant!r}: with truth false its head needs a term to learn from")
+    # The student comes first and from its own seed: all variants of a seed start from the same weights.
+    seed_everything(MODEL, seed)
+    student = build_detector(settings.model)
+    start_as_set(context, student, settings)
+    sources = open_sources(context, terms, student.targets)
+    statistics = tap_statistics(context, sources)
+    seed_everything(RECIPE, seed)
+    task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
+    samples = samples_of(context, student, sources, seed, settings.bev)
+    dataset, collate_batch = taught(samples, task.recipe, sources)
+    weights = train_stage(context, task, dataset, collate_batch, of_student(settings.train), seed, samples.classes)
     if context.rank == 0:
         exported = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
         save_detector(context.scratch / "model", settings.model, exported)

@@ -14,20 +14,18 @@ from typing import Any, Final
 import numpy as np
 
 from data.drawing import pictures
-from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
 from data.reading.index import Index
 from data.scoring import confusion
 from data.scoring.metrics import (
     MEAN_ERRORS,
     Evaluation,
-    MetricsError,
     evaluate_submission,
     open_tables,
     summary,
     write_devkit_files,
 )
-from data.scoring.submission import MODEL, SUBMISSION, SampleDetections, SubmissionError, read_detections
+from data.scoring.submission import MODEL, SUBMISSION, SampleDetections, read_detections
 from results.tracking.runs import scores
 from stages import predictions
 from stages.context import StageContext, StageError
@@ -43,10 +41,7 @@ def run(context: StageContext) -> None:
     """Score what was predicted, draw some of it, publish metrics and pictures."""
     if context.key is None:
         raise StageError(f"stage {context.name} needs --key")
-    try:
-        _run(context, context.key)
-    except (BlobError, MetricsError, SubmissionError) as error:
-        raise StageError(str(error)) from error
+    _run(context, context.key)
 
 
 def _run(context: StageContext, key: str) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 
 from config.params import InstancesParams
 from data.drawing import pictures
-from data.reading.blobs import BlobError
-from data.reading.coco_json import RESULTS, CocoError, InstanceArrays
+from data.reading.coco_json import RESULTS, InstanceArrays
 from data.scoring.coco_metrics import InstanceTruth
 from data.scoring.submission import MODEL
 from stages import predictions
@@ -29,10 +28,7 @@ def run(context: StageContext) -> None:
     instances = context.params.data.instances
     if instances is None:
         raise StageError("data.instances: missing, and evaluating a segmenter needs its images")
-    try:
-        _run(context, context.key, instances)
-    except (BlobError, CocoError) as error:
-        raise StageError(str(error)) from error
+    _run(context, context.key, instances)
 
 
 def _run(context: StageContext, key: str, instances: InstancesParams) -> None:

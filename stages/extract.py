@@ -24,7 +24,6 @@ import torch.distributed
 
 from base.progress import ProgressBar
 from base.stopping import Preempted
-from data.reading.blobs import BlobError
 from data.store import (
     Calibration,
     StaleStoreError,
@@ -57,11 +56,8 @@ def run(context: StageContext) -> None:
         raise StageError(f"store {context.key!r}: params.yaml has {', '.join(stores)}")
     if not stores[context.key].cached:
         raise StageError(f"store {context.key!r}: all its taps are online, there is nothing to extract")
-    try:
-        with _together(context) as wait:
-            Extraction(context, context.key).run(wait)
-    except (StoreError, BlobError) as error:
-        raise StageError(str(error)) from error
+    with _together(context) as wait:
+        Extraction(context, context.key).run(wait)
 
 
 @dataclass(frozen=True)

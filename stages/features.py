@@ -19,21 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from config.params import Params, split_key
+from config.params import split_key
 from data.drawing import pictures
 from data.reading.batch import collate
-from data.reading.blobs import BlobError
 from data.reading.dataset import NuScenesDataset
 from models.detectors.detector import Detector
 from stages.context import StageContext, StageError
+from stages.featured import AFTER, BEFORE, LIDAR, fusion_teacher
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector
 
 logger = logging.getLogger(__name__)
 
-LIDAR: Final = "bev_lift_lidar"
-BEFORE: Final = "bev_lift_uncompensated"
-AFTER: Final = "bev_lift_simulated"
 DIGITS: Final = 6
 
 Strength = NDArray[np.float32]
@@ -60,10 +57,7 @@ def run(context: StageContext) -> None:
     split = getattr(context.params.data.splits, context.params.evaluate.split)
     dataset = plain_dataset(context.root, context.params, split, teacher)
     dataset.modalities |= set(student.sensors)
-    try:
-        found = list(keyframes(context, dataset, teacher, student))
-    except BlobError as error:
-        raise StageError(str(error)) from error
+    found = list(keyframes(context, dataset, teacher, student))
     folder = context.scratch / "features"
     folder.mkdir(parents=True, exist_ok=True)
     extent = student.targets.grid.range
@@ -75,22 +69,6 @@ def run(context: StageContext) -> None:
     context.tracker.log_metrics(numbers, 0)
     (folder / "features.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     context.publish(folder, f"outputs/evaluations/features/{context.key}")
-
-
-def fusion_teacher(params: Params, variant: str) -> str:
-    """The fusion teacher whose taps a variant's terms read.
-
-    Raises:
-        StageError: there is none, or there are several.
-    """
-    stores = {str(term["teacher"]).partition(".")[0] for term in params.variants[variant].terms.values()}
-    teachers = sorted({params.stores[store].teacher for store in stores} & set(params.study.fusions))
-    if len(teachers) != 1:
-        raise StageError(
-            f"study.featured: the terms of variant {variant!r} read {', '.join(teachers) or 'none'} of the fusion "
-            f"teachers in study.fusions {params.study.fusions}: features are compared with exactly one"
-        )
-    return teachers[0]
 
 
 def _load(folder: Path, taps: Sequence[str]) -> Detector:

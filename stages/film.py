@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from base.progress import ProgressBar
 from config.params import Params
 from data.drawing import pictures
-from data.reading.blobs import BlobError
 from data.reading.index import Index
-from data.scoring.submission import SUBMISSION, SampleDetections, SubmissionError, read_detections
+from data.scoring.submission import SUBMISSION, SampleDetections, read_detections
 from results.report.results import Arm, Study
 from results.report.scenes import extremes, fullest, scene_gains
 from stages.context import StageContext, StageError
@@ -41,13 +40,6 @@ Seen = dict[str, pictures.Boxes]  # keyframe -> boxes in its LiDAR frame
 
 def run(context: StageContext) -> None:
     """Choose models and scenes by the published metrics, draw, publish."""
-    try:
-        _run(context)
-    except (BlobError, SubmissionError) as error:
-        raise StageError(str(error)) from error
-
-
-def _run(context: StageContext) -> None:
     params, folder = context.params, context.scratch / "film"
     folder.mkdir(parents=True, exist_ok=True)
     study, index = results(params, context.root), Index.open(context.root / INDEX)

@@ -24,7 +24,11 @@ def start_from_camera(context: StageContext, detector: Detector) -> None:
     It stands for the pretrained image backbone that teachers of the papers' size name in their config. A teacher that
     needs no other belongs in `study.teachers`.
     """
-    name = context.params.study.parts.camera
-    modules = [module for module in CAMERA_MODULES if hasattr(detector, module)]
+    name, modules = context.params.study.parts.camera, modules_of(detector)
     filled = start_in_part(detector, context.root / "outputs/teachers" / name, modules)
     logger.info("from %s: %s, %d weights", name, " and ".join(modules), len(filled))
+
+
+def modules_of(detector: Detector) -> list[str]:
+    """The modules of a camera teacher that the camera part has, too."""
+    return [module for module in CAMERA_MODULES if hasattr(detector, module)]

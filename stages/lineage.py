@@ -19,7 +19,7 @@ def starts(params: Params) -> set[str]:
 
 def teachers_of(params: Params, variant: str) -> set[str]:
     """The teachers that a variant's terms read, and those that its student inherits weights from."""
-    stores = [term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()]
+    stores = [term.store for term in params.variants[variant].terms.values()]
     inherited = [start.teacher for start in params.student(variant).starts if start.resample]
     return {*(params.stores[name].teacher for name in stores), *inherited}
 

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from config.params import Params
-from data.hashing import MissingFileError, hash_files
-from stages.context import StageContext, StageError
+from data.hashing import hash_files
+from stages.context import StageContext
 
 
 def run(context: StageContext) -> None:
     """Publish outputs/needs/<variant>.json."""
-    try:
-        content = needs(context.root, context.params, context.key or "")
-    except MissingFileError as error:
-        raise StageError(str(error)) from error
+    content = needs(context.root, context.params, context.key or "")
     made = context.scratch / "needs.json"
     made.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     context.publish(made, f"outputs/needs/{context.key}.json")
@@ -34,7 +31,7 @@ def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
         MissingFileError: naming a teacher whose weights are not there.
     """
     student = params.student(variant)
-    names = sorted({term["teacher"].partition(".")[0] for term in params.variants[variant].terms.values()})
+    names = sorted({term.store for term in params.variants[variant].terms.values()})
     stores = {name: params.stores[name] for name in names}
     teachers = {store.teacher for store in stores.values()} | {start.teacher for start in student.starts}
     manifests = [f"outputs/stores/{name}/manifest.json" for name in names]  # with a checksum of every shard

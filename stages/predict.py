@@ -18,13 +18,11 @@ from base.environment import cores
 from base.progress import ProgressBar
 from config.params import split_key
 from data.reading.batch import collate
-from data.reading.blobs import BlobError
 from data.reading.dataset import NuScenesDataset
 from data.scoring.submission import (
     MODEL,
     SUBMISSION,
     SampleDetections,
-    SubmissionError,
     build_submission,
     write_submission,
 )
@@ -55,10 +53,7 @@ class Subject:
 
 def run(context: StageContext) -> None:
     """Run the model over the split, publish its boxes."""
-    try:
-        _run(context, subject(context.name, context.key))
-    except (BlobError, SubmissionError) as error:
-        raise StageError(str(error)) from error
+    _run(context, subject(context.name, context.key))
 
 
 def subject(stage: str, key: str | None) -> Subject:

@@ -13,10 +13,9 @@ from base.environment import cores
 from base.progress import ProgressBar
 from config.params import InstancesParams
 from data.reading.augment import ImageConfig
-from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances, ImageBatch, collate_images
-from data.reading.coco_json import RESULTS, CocoError, InstanceArrays, as_results
+from data.reading.coco_json import RESULTS, InstanceArrays, as_results
 from data.reading.instances import ImageInstances, StoredInstances, in_image
 from data.scoring.submission import MODEL
 from stages.context import StageContext, StageError
@@ -32,10 +31,7 @@ def run(context: StageContext) -> None:
     instances = context.params.data.instances
     if instances is None:
         raise StageError("data.instances: missing, and evaluating a segmenter needs its images")
-    try:
-        _run(context, context.key, instances)
-    except (BlobError, CocoError) as error:
-        raise StageError(str(error)) from error
+    _run(context, context.key, instances)
 
 
 def _run(context: StageContext, key: str, instances: InstancesParams) -> None:

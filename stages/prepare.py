@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 
 from data.preparing.build import Summary, build_index
-from data.preparing.tables import TableError
-from data.reading.blobs import BlobError
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -15,18 +13,15 @@ logger = logging.getLogger(__name__)
 def run(context: StageContext) -> None:
     """Build the index of the splits in params.yaml and publish it."""
     data, made = context.params.data, context.scratch / "index"
-    try:
-        summary = build_index(
-            context.root / data.dataroot,
-            data.version,
-            [split for split in data.splits.model_dump().values() if split],
-            made,
-            skip_broken=data.skip_broken,
-            sweeps=context.params.input.sweeps,
-            radar=context.params.input.radar,
-        )
-    except (TableError, BlobError) as error:
-        raise StageError(str(error)) from error
+    summary = build_index(
+        context.root / data.dataroot,
+        data.version,
+        [split for split in data.splits.model_dump().values() if split],
+        made,
+        skip_broken=data.skip_broken,
+        sweeps=context.params.input.sweeps,
+        radar=context.params.input.radar,
+    )
     _report(summary)
     context.publish(made, "outputs/index")
 

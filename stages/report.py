@@ -47,7 +47,7 @@ def run(context: StageContext) -> None:
         starts=starts(params),
         segmenters=study.segmenters,
         stores=study.stores,
-        variants={name: params.variants[name].model_dump() for name in study.variants},
+        variants={name: params.variants[name].model_dump(mode="json") for name in study.variants},
         baselines=study.baselines,
         pairs=pairs(params),
         featured=study.featured,

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from config.params import SegmenterParams
 from data.reading.augment import ImageConfig
-from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances, collate_images
-from data.reading.coco_json import CocoError
 from models.detectors.segmenter import Segmenter
 from stages.context import StageContext, StageError
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
@@ -64,8 +62,5 @@ def training_images(context: StageContext, settings: SegmenterParams) -> CocoIns
 def trained(context: StageContext, settings: SegmenterParams, segmenter: Segmenter) -> dict[str, Tensor]:
     """Weights after the training on `data.instances.train`."""
     assert settings.train is not None
-    try:
-        images = training_images(context, settings)
-        return train_stage(context, Supervised(segmenter), images, collate_images, settings.train, context.seed)
-    except (BlobError, CocoError) as error:
-        raise StageError(str(error)) from error
+    images = training_images(context, settings)
+    return train_stage(context, Supervised(segmenter), images, collate_images, settings.train, context.seed)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from data.reading.batch import collate
-from data.reading.blobs import BlobError
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from stages.context import StageContext, StageError
@@ -44,11 +43,8 @@ def train_teacher(context: StageContext, start: Callable[[Detector], None]) -> N
     detector = build_detector(teacher.model)
     start(detector)
     dataset = training_dataset(context.root, context.params, detector, context.seed, split)
-    try:
-        task = Supervised(detector)
-        weights = train_stage(context, task, dataset, collate, teacher.train, context.seed, dataset.classes)
-    except BlobError as error:
-        raise StageError(str(error)) from error
+    task = Supervised(detector)
+    weights = train_stage(context, task, dataset, collate, teacher.train, context.seed, dataset.classes)
     if context.rank == 0:
         save_detector(context.scratch / "model", teacher.model, weights)
     context.publish(context.scratch / "model", f"outputs/teachers/{context.key}")

@@ -56,5 +56,5 @@ def test_the_example_of_a_variant_is_valid() -> None:
     assert text.count("\nvariants:\n") == 1
     changed: dict[str, Any] = yaml.safe_load(text.replace("\nvariants:\n", f"\nvariants:\n{variant}"))
     params = Params.model_validate(merge(changed, yaml.safe_load(study)))
-    assert params.variants["xod-strong"].terms["xod_cls"]["weight"] == 2.0
+    assert params.variants["xod-strong"].terms["xod_cls"].weight == 2.0
     assert params.study.variants == ["baseline", "xod-strong"]

@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 from numpy.typing import NDArray
 
+from base.errors import PipelineError
+
 Rows = NDArray[np.int64]
 MISSING: Final = -1  # a row that does not exist
 
@@ -64,7 +66,7 @@ _END_OF_RECORD: Final = re.compile(rb"\}\s*,(?=\s*\{\s*\"\w+\"\s*:)")
 _OPTIONAL: Final = {"height", "width", "visibility_token", "camera_intrinsic"}
 
 
-class TableError(ValueError):
+class TableError(PipelineError, ValueError):
     """A nuScenes table is absent, unreadable, incomplete or inconsistent with another one."""
 
 

@@ -10,13 +10,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from base.errors import PipelineError
+
 POINT_BYTES: Final = 20  # a LiDAR return: x, y, z, intensity, ring as float32
 JPEG_START: Final = b"\xff\xd8"
 JPEG_END: Final = b"\xff\xd9"
 _JPEG_TAIL: Final = 64  # some writers pad after the end marker
 
 
-class BlobError(ValueError):
+class BlobError(PipelineError, ValueError):
     """A sensor file is absent, truncated or unreadable."""
 
 

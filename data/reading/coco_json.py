@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from base.errors import PipelineError
 from data.reading.classes import CATEGORY_TO_CLASS
 
 RESULTS: Final = "results_coco.json"  # what a segmenter has found, in a folder of predictions
 
 
-class CocoError(ValueError):
+class CocoError(PipelineError, ValueError):
     """A COCO JSON that cannot be used."""
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from base.errors import PipelineError
 from data.reading.geometry import Float64
 
 FORMAT: Final = "bev-distillery index 2"
@@ -28,7 +29,7 @@ RADARS: Final = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_
 _PART: Final = re.compile(r"([^][]+)\[(-?\d+)?:(-?\d+)?\]")
 
 
-class IndexFormatError(ValueError):
+class IndexFormatError(PipelineError, ValueError):
     """The file is not an index of this format."""
 
 

@@ -26,6 +26,7 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.utils.splits import get_scenes_of_split
 
+from base.errors import PipelineError
 from data.reading.classes import CLASSES
 from data.reading.index import devkit_split, scenes_of_split
 
@@ -50,7 +51,7 @@ _FAR_BOX: Final = {
 }
 
 
-class MetricsError(Exception):
+class MetricsError(PipelineError):
     """A submission, split or dataroot that cannot be evaluated; the message says why and what to do."""
 
 

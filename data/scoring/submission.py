@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from base.errors import PipelineError
 from data.reading.boxes import global_from_lidar_boxes, lidar_boxes_from_global
 from data.reading.classes import CLASSES, attributes_from_speed
 from data.reading.geometry import Float64
@@ -22,7 +23,7 @@ MAX_BOXES: Final = 500  # per sample; the devkit refuses more
 MODALITIES: Final = ("camera", "lidar", "radar")
 
 
-class SubmissionError(ValueError):
+class SubmissionError(PipelineError, ValueError):
     """Detections that the devkit would refuse, or silently score wrongly."""
 
 

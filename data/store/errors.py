@@ -2,10 +2,12 @@
 
 from typing import Final
 
+from base.errors import PipelineError
+
 REPAIR: Final = "Mend it with: python -m pipeline cache verify --repair"
 
 
-class StoreError(RuntimeError):
+class StoreError(PipelineError, RuntimeError):
     """A store cannot be built or read; the message says where, why, and what to do."""
 
 

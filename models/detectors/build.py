@@ -23,6 +23,18 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
     Raises:
         ValueError: if `type` is missing or not a detector of this project.
     """
+    detector = make_detector(config)
+    detector.init_weights()
+    read_any_layout(detector)
+    return detector
+
+
+def make_detector(config: Mapping[str, Any]) -> Detector:
+    """The modules of a detector, their weights as torch makes them, on torch's default device.
+
+    Raises:
+        ValueError: if `type` is missing or not a detector of this project.
+    """
     name = config.get("type")
     kind = MODELS.get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, Detector):
@@ -30,7 +42,5 @@ def build_detector(config: Mapping[str, Any]) -> Detector:
             f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
             "BEVFormer, BEVFusion or SimulatedFusion"
         )
-    detector = MODELS.build(copy.deepcopy(dict(config)))
-    detector.init_weights()
-    read_any_layout(detector)
+    detector: Detector = MODELS.build(copy.deepcopy(dict(config)))
     return detector

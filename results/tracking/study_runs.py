@@ -168,7 +168,8 @@ def best_student(study: Study) -> str | None:
 def settings_of(params: Params, variant: str) -> dict[str, Any]:
     """All that makes a variant's student, under dotted names."""
     chosen, student = params.variants[variant], params.student(variant).model_dump(mode="json")
-    settings = {**flatten({**student, "truth": chosen.truth}), **flatten(chosen.terms, "terms.")}
+    terms = chosen.model_dump(mode="json")["terms"]
+    settings = {**flatten({**student, "truth": chosen.truth}), **flatten(terms, "terms.")}
     return {name: value for name, value in settings.items() if value != {}}
 
 
@@ -279,7 +280,7 @@ class _Published:
         MLflow sorts parameters by code point: those with a capital stand before all others.
         """
         chosen, settings = self.params.variants[arm.name], self.params.student(arm.name)
-        stores = {term["teacher"].partition(".")[0] for term in chosen.terms.values() if term.get("teacher")}
+        stores = {term.store for term in chosen.terms.values()}
         made_from = {"outputs/index": "training"}
         made_from |= {f"outputs/teachers/{name}": "teacher" for name in sorted(teachers)}
         made_from |= {f"outputs/stores/{name}": "store" for name in sorted(stores)}

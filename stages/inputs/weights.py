@@ -90,7 +90,34 @@ def start_in_part(
     Raises:
         StageError: the file is not readable, has no module of `only` or one that does not fit whole, or nothing fits.
     """
-    path, weights = folder / WEIGHTS, _weights_of_start(folder, None)
+    chosen = fitting(detector, _weights_of_start(folder, None), folder / WEIGHTS, only, resample=resample)
+    load_weights(detector, detector.state_dict() | chosen)
+    return set(chosen)
+
+
+def fitting(
+    detector: Detector,
+    weights: Mapping[str, Tensor],
+    source: Path | str,
+    only: Collection[str] | None = None,
+    *,
+    resample: bool = False,
+) -> dict[str, Tensor]:
+    """What a detector would take of published weights, see `start_in_part`; both may be on the device meta.
+
+    Args:
+        detector: is left as it is.
+        weights: of the published one.
+        source: whose they are, for messages.
+        only: modules of the published one that are taken; None: all.
+        resample: whether weights of another size are brought to the detector's.
+
+    Returns:
+        By the names that the detector has for them.
+
+    Raises:
+        StageError: they have no module of `only` or one that does not fit whole, or nothing fits.
+    """
     own, chosen = detector.state_dict(), dict[str, Tensor]()
     for module in only or sorted({name.partition(".")[0] for name in weights}):
         found = {
@@ -100,30 +127,31 @@ def start_in_part(
             if name.startswith(f"{module}.")
         }
         if resample:
-            found = _inherited(detector, module, found, path)
+            found = _inherited(detector, module, found, source)
         fits = {name: w for name, w in found.items() if name in own and own[name].shape == w.shape}
         if only is not None and not fits:
             known = ", ".join(sorted({name.partition(".")[0] for name in weights}))
-            raise StageError(f"{path}: nothing of module {module!r} fits the {type(detector).__name__}; it has {known}")
+            raise StageError(
+                f"{source}: nothing of module {module!r} fits the {type(detector).__name__}; it has {known}"
+            )
         if only is not None and (others := found.keys() - fits.keys()):
-            raise StageError(f"{path}: module {module!r} fits the {type(detector).__name__} but for {_some(others)}")
+            raise StageError(f"{source}: module {module!r} fits the {type(detector).__name__} but for {_some(others)}")
         chosen |= fits
     if not chosen:
-        raise StageError(f"{path}: no weight of it fits the {type(detector).__name__}")
-    load_weights(detector, own | chosen)
-    return set(chosen)
+        raise StageError(f"{source}: no weight of it fits the {type(detector).__name__}")
+    return chosen
 
 
-def _inherited(detector: Detector, module: str, found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _inherited(detector: Detector, module: str, found: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
     """Of a module's weights those that the detector has, at its sizes; it may have fewer layers, not more."""
     places = tuple(f"{place}." for place in detector.places.get(module, (module,)))
     wanted = [name for name in detector.state_dict() if name.startswith(places)]
     if more := set(wanted) - found.keys():
-        raise StageError(f"{path}: module {module!r} lacks {_some(more)} of the {type(detector).__name__}")
+        raise StageError(f"{source}: module {module!r} lacks {_some(more)} of the {type(detector).__name__}")
     try:
         return {name: inherited(detector, name, found[name]) for name in wanted}
     except ValueError as error:
-        raise StageError(f"{path}: {error}") from error
+        raise StageError(f"{source}: {error}") from error
 
 
 def checksum_of(content: bytes) -> str:
@@ -142,10 +170,19 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     Raises:
         StageError: naming what is missing, unused or of another shape.
     """
+    check_fit(model, weights, source)
+    load_weights(model, weights)
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """See that weights are all those of a model, and nothing but them.
+
+    Raises:
+        StageError: naming what is missing, unused or of another shape.
+    """
     expected = model.state_dict()
     _check_names(source, set(expected) - set(weights), set(weights) - set(expected))
     _check_shapes(source, expected, weights)
-    load_weights(model, weights)
 
 
 def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
@@ -170,12 +207,12 @@ def without_checkpoints(config: Any) -> Any:
     return [without_checkpoints(value) for value in config] if isinstance(config, list) else config
 
 
-def _check_names(source: Path, missing: set[str], unused: set[str]) -> None:
+def _check_names(source: Path | str, missing: set[str], unused: set[str]) -> None:
     if missing or unused:
         raise StageError(f"{source} does not fit the model: missing {_some(missing)}; unused {_some(unused)}")
 
 
-def _check_shapes(source: Path, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _check_shapes(source: Path | str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     wrong = [
         f"{name} is {list(weights[name].shape)}, the model has {list(tensor.shape)}"
         for name, tensor in expected.items()

@@ -30,6 +30,7 @@ CODE: Final = (
     "data/reading/dataset.py",
     "data/reading/geometry.py",
     "data/reading/index.py",
+    "data/reading/coco_json.py",
     "data/reading/instances.py",
     "data/reading/sensors.py",
 )

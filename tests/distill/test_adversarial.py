@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import TermConfig
 from distill.adversarial import AdversarialTerm, Discriminator, ramp, reverse_gradient
+from distill.terms import TermConfig
 from models.ports import Prediction
 
 CONFIG = {

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill import Recipe, TermConfig
+from distill.recipe import Recipe
+from distill.terms import TermConfig
 from models.head.center_head import REGRESSION
 from models.head.targets import TargetEncoder, draw_gaussians
 from models.layers.grid import Grid

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from distill import Recipe, TermConfig
 from distill.adapters import ADAPTERS
+from distill.distances import ELEMENTWISE
 from distill.masks import MASKS
+from distill.output import HeadTerm
+from distill.recipe import Recipe
+from distill.relations import RELATIONS
+from distill.terms import AdapterConfig, MaskConfig, TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.head.center_head import REGRESSION
@@ -559,3 +563,14 @@ def test_terms_that_make_no_sense_are_named(student: Detector, term: dict[str, A
 def test_wrong_term_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TermConfig(**(CLS | change))
+
+
+def test_the_schema_knows_every_name_and_no_other() -> None:
+    def allowed(section: type[BaseModel], key: str) -> set[str]:
+        return set(get_args(section.model_fields[key].annotation))
+
+    assert allowed(MaskConfig, "kind") == {*MASKS, "teacher_conf", "gt_centers", "visible_views"}
+    assert allowed(AdapterConfig, "kind") == {*ADAPTERS, "grl_disc", "mask_rcnn"}
+    assert allowed(TermConfig, "distance") == {
+        *ELEMENTWISE, *RELATIONS, *HeadTerm.distances, "bce_adv", "maskrcnn"
+    }  # fmt: skip

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill import Recipe, TermConfig
+from distill.recipe import Recipe
 from distill.relations import EMPTY
+from distill.terms import TermConfig
 from models.head.targets import TargetEncoder
 from models.layers.grid import Grid
 from models.ports import Prediction

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill import Recipe, TermConfig
 from distill.masks import PILLARS, MaskInput
-from distill.terms import MaskConfig
+from distill.recipe import Recipe
+from distill.terms import MaskConfig, TermConfig
 from models.detectors.build import build_detector
 from models.head.center_head import REGRESSION
 from models.head.targets import TargetEncoder

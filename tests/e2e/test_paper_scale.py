@@ -29,7 +29,7 @@ from data.reading.batch import Batch, collate
 from data.reading.boxes import box_corners, transform_boxes
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
-from distill import TermConfig
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.detectors.segmenter import build_segmenter
@@ -128,7 +128,7 @@ def test_every_part_builds_with_the_sizes_of_the_paper(params: Params) -> None:
     assert {params.variants[name].row: len(params.variants[name].terms) for name in params.study.variants} == ROWS
     statistics = {"lidar.bev_lift": torch.ones(256)}
     for name in params.study.variants:
-        terms = {term: TermConfig(**config) for term, config in params.variants[name].terms.items()}
+        terms = dict(params.variants[name].terms)
         assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
     train = params.student("x3kd").train
     assert (train.schedule, train.balanced, train.batch_size) == ("multi_step", True, 64)
@@ -162,7 +162,7 @@ def test_simdistill_builds_with_the_sizes_of_the_paper(simdistill: Params) -> No
         assert (student.grid.size, student.stride) == (180, 8)
         fused = 80 if variant.student == "bevfusion-c" else 256
         assert (student.tap_channels["bev_fused"], student.tap_channels["bev_neck"]) == (fused, 256), name
-        terms = {term: TermConfig(**config) for term, config in variant.terms.items()}
+        terms = dict(variant.terms)
         assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
     train = simdistill.student("simdistill").train
     assert (train.schedule, train.balanced, train.batch_size, train.lr) == ("one_cycle", True, 48, 1e-3)
@@ -191,7 +191,7 @@ def test_structured_kd_builds_with_its_sizes(family: str, tmp_path: Path) -> Non
         if family == "bevformer":
             assert [(one.cells.size, len(one.encoder.layers)) for one in (teacher, student)] == [(200, 6), (100, 3)]
         for variant in rows.values():
-            terms = {term: TermConfig(**config) for term, config in variant.terms.items()}
+            terms = dict(variant.terms)
             statistics = {tap: torch.ones(widths[tap.partition(".")[2]]) for tap in teacher_taps(params, name, terms)}
             assert make_recipe(student, terms, statistics).terms.keys() == terms.keys()
         assert_inherits(student, teacher, params, full)
@@ -248,14 +248,13 @@ def test_a_training_step_on_a_real_keyframe(params: Params, real_dataroot: Path,
     settings, terms = params.student("x3kd"), params.variants["x3kd"].terms
     seed_everything(MODEL, 0)
     student = build_detector(settings.model)
-    configs = {name: TermConfig(**config) for name, config in terms.items()}
     samples = training_dataset(tmp_path, params, student, 0, SPLIT)
     samples.modalities |= {"points"}
     assert len(ClassBalance(samples.classes())) >= 1
     batch = collate([samples[(0, 0, 0)]])
     assert batch.images.shape == (1, 2, 6, 3, *params.input.image.size)
     outputs = teacher_outputs(params, batch)
-    task = Distillation(student, make_recipe(student, configs, {"lidar.bev_lift": torch.ones(256)}), lambda _: outputs)
+    task = Distillation(student, make_recipe(student, terms, {"lidar.bev_lift": torch.ones(256)}), lambda _: outputs)
     assert settings.train.precision == "bf16-mixed"
     assert finite_step(task, batch) == {"heatmap", "box", "depth", *(f"distill/{name}" for name in terms)}
 
@@ -270,7 +269,7 @@ def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroo
     batch = collate([training_dataset(tmp_path, params, teacher, 0, SPLIT)[(0, 0, 0)]])
     assert finite_step(Supervised(teacher), batch) == {"heatmap", "box", "depth"}
 
-    terms = {name: TermConfig(**config) for name, config in params.variants["simdistill"].terms.items()}
+    terms = dict(params.variants["simdistill"].terms)
     taps = [term.teacher.removeprefix("fusion.") for term in terms.values()]
     outputs = {
         f"fusion.{tap}": value for tap, value in OnlineTeacher(teacher, taps, 0.0, torch.device("cpu"))(batch).items()
@@ -328,7 +327,7 @@ def structured_step(
     student = build_detector(params.student(variant).model | student_changes)
     batch = collate([training_dataset(folder, params, student, 0, SPLIT)[(0, 0, 0)]])
     batch.has_previous[:] = True  # the real keyframes have none; frame 1 repeats frame 0
-    terms = {term: TermConfig(**config) for term, config in params.variants[variant].terms.items()}
+    terms = dict(params.variants[variant].terms)
     taps = {tap: tap.partition(".")[2] for tap in teacher_taps(params, name, terms)}
     detector = build_detector(params.teachers[name].model | teacher_changes)
     found = OnlineTeacher(detector, set(taps.values()), 0.0, torch.device("cpu"))(batch)

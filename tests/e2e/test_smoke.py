@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Project, set_study
-from tests.e2e.forks import run_all
+from tests.e2e.forks import calls, run_all
 from tests.readme import ACTIVATE, runnable
+from tests.walks import functions, misled
 
 pytestmark = pytest.mark.xdist_group("e2e")
 
@@ -130,9 +131,10 @@ def check_changed_weight_touches_one_variant(project: Project) -> None:
     params.write_text(text)
     assert "weight: 3.0 -> 0.123" in plan
     running = {line.split()[0] for line in plan.splitlines() if " run " in line}
-    of_student = {f"{stage}@modal-0" for stage in ("distill", "predict", "evaluate")}
-    # cost: DVC knows `variants` as a whole.
-    assert running == {"needs@modal", *of_student, "cost", "film", "report"}
+    # check, cost: DVC knows `variants` as a whole.
+    assert running == {"check", "needs@modal", "distill@modal-0", "cost", "film", "report"}
+    perhaps = {line.split()[0] for line in plan.splitlines() if " perhaps " in line}
+    assert {"predict@modal-0", "evaluate@modal-0"} < perhaps
     assert "distill@baseline-0" not in status
     assert "teacher@lidar" not in status
 
@@ -189,12 +191,16 @@ def read_page(address: str) -> str | None:
 
 
 def check_undisturbed_metrics(project: Project, killed: dict[str, str], evaluations: dict[str, str]) -> None:
-    """A run from nothing, by neither DVC nor the flow, gives the same metrics byte for byte."""
+    """A run from nothing, by neither DVC nor the flow, gives the same metrics byte for byte.
+
+    It takes the walks of docs/walks.md.
+    """
     for folder in ("outputs", ".scratch", "reports/metrics"):
         project.run("rm", "-rf", folder)
-    run_all(project.root)
+    run_all(project.root, traced=functions())
     assert project.metrics() == killed
     assert project.evaluations() == evaluations
+    assert misled({stage: calls(project.root, stage).read_text().split() for stage in functions()}) == []
 
 
 def test_copy_is_complete(project: Project) -> None:

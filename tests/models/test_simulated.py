@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill import Outcome, Recipe, TermConfig
 from distill.features import MapTerm
+from distill.recipe import Recipe
+from distill.term import Outcome
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.layers.depth_net import depth_loss

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill import Recipe, TermConfig
+from distill.recipe import Recipe
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.ports import Batch

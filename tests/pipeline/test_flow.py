@@ -46,7 +46,8 @@ if os.path.exists(f"preempt-{name}"):
     os.remove(f"preempt-{name}")
     sys.exit(75)
 time.sleep(0.3)
-open(f"{name}.txt", "w").write(name)
+words = f"words-{name}"
+open(f"{name}.txt", "w").write(open(words).read() if os.path.exists(words) else name)
 note("end")
 """
 
@@ -92,9 +93,9 @@ def test_dry_run_says_what_and_why(project: Project) -> None:
     assert rows["top"] == "cached 0 up to date"
     assert rows["left"] == "run 1 changed command"
     assert rows["right"] == "cached 2 up to date"
-    assert rows["bottom"] == "run 0 after left"
+    assert rows["bottom"] == "perhaps 0 after left"
     assert rows["beside"] == "run 0 dependency modified: extra.txt"
-    assert lines[-1] == "3 of 5 stages to run"
+    assert lines[-1] == "2 of 5 stages to run, 1 perhaps"
     targets = project.run("pipeline", "run", "--dry-run", "--targets", "right").splitlines()
     assert [line.split()[0] for line in targets] == ["stage", "top", "right", "0"]
     assert "target 'nothing' is not a stage" in project.run("pipeline", "run", "--targets", "nothing", code=1)
@@ -155,9 +156,13 @@ def test_only_what_changed_and_what_follows_is_run(served: Project) -> None:
     (served.root / "trace.txt").unlink()
     served.edit("dvc.yaml", "left top,", "left  top,")
     output = served.run("pipeline", "run", "--max-parallel", "2")
-    # left makes the same bytes as before, so DVC finds that bottom has nothing to do
+    # left makes the same bytes as before, so bottom has nothing to do: not even a process is started for it
     assert Trace(served).names("end") == ["left"]
-    assert "2 done, 3 cached" in output
+    assert "1 done, 4 cached" in output
+    served.write("words-left", "other")
+    served.edit("dvc.yaml", "left  top,", "left   top,")
+    assert "2 done, 3 cached" in served.run("pipeline", "run", "--max-parallel", "2")
+    assert Trace(served).names("end") == ["left", "left", "bottom"]
 
 
 @with_server

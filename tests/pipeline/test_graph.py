@@ -54,6 +54,14 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
     assert "extract@lidar" in nodes["report"].upstream
     assert nodes["predict@baseline-0"].upstream == ("distill@baseline-0", "prepare")
     assert nodes["evaluate@baseline-0"].upstream == ("predict@baseline-0", "prepare")
+    asked = {"gpus": 1, "cpus": None, "timeout_h": 48}
+    assert nodes["teacher@lidar"].meta == asked | {"nodes": 1, "distributed": True}
+    assert nodes["predict@baseline-0"].meta == asked | {"timeout_h": 4}
+    before = graph.resolve("teacher@lidar", project.root).fingerprint
+    project.set(resources__teacher={"gpus": 8, "nodes": 2, "cpus": 16, "hours": 0.5})
+    spec = graph.resolve("teacher@lidar", project.root)
+    assert spec.meta == {"gpus": 8, "nodes": 2, "cpus": 16, "timeout_h": 0.5, "distributed": True}
+    assert spec.fingerprint == before
     for name, node in nodes.items():
         base, _, key = name.partition("@")
         assert node.cmd == f"exec python -m pipeline stage {base}" + (f" --key {key}" if key else "")

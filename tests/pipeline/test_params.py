@@ -29,7 +29,9 @@ def test_repository_is_valid() -> None:
     assert params.student(params.study.variants[0]).train.epochs == params.students["camera"].train.epochs
 
 
-BOXES = {"student": "head", "teacher": "lidar.boxes"}
+BOXES = {"student": "head", "teacher": "lidar.boxes", "distance": "qfl", "weight": 1.0}
+RELATION = {"student": "bev_lift", "teacher": "lidar.bev_lift", "distance": "kl_rel", "weight": 1.0}
+PLAIN: dict[str, Any] = {"student": "camera", "terms": {}}
 TAPS = "stores__lidar__taps"
 MAPS = {"serve": "cached-warp"}
 ONLINE = {"teacher": "lidar", "score_threshold": 0.1, "taps": {"boxes": {"serve": "online"}}}
@@ -41,7 +43,7 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
     ("changes", "parts"),
     [
         ({"data__skip_broken": "many"}, ["data.skip_broken", "'many'", "integer"]),
-        ({"input__frames": 3}, ["input.frames", "3", "1 or 2"]),
+        ({"input__frames": 3}, ["input.frames: 3 is unknown; allowed: 1, 2"]),
         ({"input__radars": True}, ["input.radars", "unknown key", "did you mean 'radar'"]),
         ({"input__radar": REMOVED}, ["input.radar", "missing"]),
         ({"study__teachers": ["lydar"]}, ["study.teachers", "'lydar'", "did you mean 'lidar'"]),
@@ -54,6 +56,36 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             {"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}},
             ["unknown store", "allowed: former, fusion"],
         ),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"wieght": 2.0}}},
+            ["variants.xod.terms.cls.wieght: unknown key; did you mean 'weight'"],
+        ),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"mask": {"kind": "teacher_konf"}}}},
+            ["variants.xod.terms.cls.mask.kind: 'teacher_konf' is unknown; did you mean 'teacher_conf'"],
+        ),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"adapter": {"kind": "projektion"}}}},
+            ["variants.xod.terms.cls.adapter.kind: 'projektion' is unknown; did you mean 'projection'"],
+        ),
+        (
+            {"variants__xod__terms": {"cls": BOXES | {"distance": "qfll"}}},
+            ["variants.xod.terms.cls.distance: 'qfll' is unknown; did you mean 'qfl'", "allowed: l1, l2,"],
+        ),
+        (
+            {"variants__xod__terms": {"cls": {"student": "head", "teacher": "lidar.boxes", "distance": "qfl"}}},
+            ["variants.xod.terms.cls.weight: missing"],
+        ),
+        (
+            {"variants__xod__terms": {"tm": RELATION}},
+            ["'lidar.bev_prev' names a tap that stores.lidar.taps lacks, which the term reads beside its own"],
+        ),
+        *(({f"variants__{bad}": PLAIN}, [f"variants: {bad!r} is no name"]) for bad in ("kd-w0.5", "a b", "a/b", "12")),
+        *(({"variants": {"baseline": PLAIN, bad: PLAIN}}, [f"{bad!r} is no name: it must be"]) for bad in (12, None)),
+        ({"resources__teacher__gpus": "all"}, ["resources.teacher.gpus: 'all'", "integer"]),
+        ({"resources__teacher__cpus": REMOVED}, ["resources.teacher.cpus: missing"]),
+        ({"resources__predict__nodes": 2}, ["resources.predict.nodes: unknown key", "allowed: gpus, cpus, hours"]),
+        ({"study__seeds": [0, -1]}, ["study.seeds.1: -1"]),
         ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
         ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
         ({"study__stores": []}, ["variants.xod.terms.", "needs store 'lidar' in study.stores []"]),

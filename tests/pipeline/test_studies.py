@@ -122,7 +122,7 @@ def test_the_documented_row_across_papers_is_five_lines_and_plans(folder: Path) 
     combined.write_text(combined.read_text().replace("joint-skd, joint]", f"joint-skd, joint, {name}]"))
     params = apply_study("combined", folder)
     assert params.study.variants[-1] == name
-    teachers = {term: settings["teacher"] for term, settings in params.variants[name].terms.items()}
+    teachers = {term: settings.teacher for term, settings in params.variants[name].terms.items()}
     assert teachers == {
         "xfd": "lidar.bev_lift",
         "mmdf": "fusion-online.bev_fused",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from distill import TermConfig
+from distill.terms import TermConfig
 from models.detectors.detector import Detector
 from stages.context import StageContext
 from stages.distill import Distillation, make_recipe, open_sources, samples_of, tap_statistics, taught

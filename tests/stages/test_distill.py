@@ -17,7 +17,7 @@ from config.graph import StageSpec
 from config.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, merge, read_yaml
 from data.reading.index import Index
 from data.store import StaleStoreError, Store, StoreError
-from distill import TermConfig
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from results.tracking.runs import NullTracker

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from base.errors import PipelineError
 from data.reading.augment import ImageConfig
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Found
 from stages import evaluate_segmenter, predict_segmenter
-from stages.context import StageError
 from stages.evaluate_segmenter import flat_metrics, spread
 from stages.inputs.segmenters import InstanceFinder
 from tests.stages.segmenters import SIZE, context_of, parse, root_with_segmenter
@@ -111,12 +111,14 @@ def test_positions_are_spread_from_the_first_to_the_last() -> None:
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(StageError, match=r"predictions/instance/model\.json.*`dvc repro predict_segmenter@instance`"):
+    with pytest.raises(
+        PipelineError, match=r"instance/model\.json.*`dvc repro predict_segmenter@instance`"
+    ):
         evaluate_segmenter.run(context_of(root, parse(), "evaluate_segmenter"))
     (root / "outputs/city/instances/val.json").unlink()
     for stage in (predict_segmenter, evaluate_segmenter):
-        with pytest.raises(StageError, match=r"val\.json cannot be read"):
+        with pytest.raises(PipelineError, match=r"val\.json cannot be read"):
             stage.run(context_of(root, parse(), stage.__name__.removeprefix("stages.")))
     shutil.rmtree(root / "outputs/teachers/instance")
-    with pytest.raises(StageError, match="does not hold a whole model"):
+    with pytest.raises(PipelineError, match="does not hold a whole model"):
         run(root)

@@ -24,12 +24,14 @@ import torch
 from ruamel.yaml import YAML
 
 from base.environment import die_with_parent
+from base.errors import PipelineError
 from base.stopping import Preempted
 from config.graph import StageSpec
 from config.params import Params, StoreParams, merge, read_yaml
 from data.reading.augment import bev_matrix
 from data.store import Store
-from distill import Recipe, TermConfig
+from distill.recipe import Recipe
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.layers.warp import warp_bev
 from models.ports import Prediction
@@ -330,7 +332,7 @@ def test_a_build_that_cannot_fit_is_refused_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 10_000))
-    with caplog.at_level(logging.INFO), pytest.raises(StageError, match=r"the store needs .* and 10 kB are free"):
+    with caplog.at_level(logging.INFO), pytest.raises(PipelineError, match=r"the store needs .* and 10 kB are free"):
         run(root, parse())
     assert re.search(rf"plan: {SAMPLES} samples, .*bev_lift .*10 kB free", caplog.text)
     assert not (root / ".scratch/extract-lidar/f/store").exists()

@@ -20,7 +20,8 @@ from models.detectors.build import build_detector
 from results.tracking.runs import NullTracker
 from stages import evaluate, features, predict
 from stages.context import StageContext, StageError, Stop
-from stages.features import correlation, fusion_teacher
+from stages.featured import fusion_teacher
+from stages.features import correlation
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config

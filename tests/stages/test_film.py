@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from base.errors import PipelineError
 from config.graph import StageSpec
 from config.params import Params, merge, read_yaml
 from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
@@ -204,7 +205,7 @@ def test_a_missing_image_is_named(project: Path, city: Path, tmp_path: Path) -> 
     half = shutil.copytree(city, tmp_path / "half")
     for row in index.rows("val").tolist():
         (half / index.sample(row).cameras.files[0]).unlink()
-    with pytest.raises(StageError, match=r"CAM_FRONT.*cannot be read"):
+    with pytest.raises(PipelineError, match=r"CAM_FRONT.*cannot be read"):
         run(project, params_of(half))
 
 

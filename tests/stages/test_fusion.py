@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from config.graph import StageSpec
 from config.params import Params, merge, read_yaml
-from distill import Outcome, TermConfig
 from distill.features import MapTerm
+from distill.term import Outcome
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.ports import Batch, Prediction
@@ -182,8 +183,7 @@ def new_student(context: StageContext, variant: str) -> Detector:
 def set_up(root: Path, variant: str, **more: dict[str, Any]) -> tuple[Distillation, list[Any]]:
     """The task of a variant, with more terms, and the batches of an epoch in order."""
     context = context_of(root, "distill", f"{variant}-0")
-    terms = context.params.variants[variant].terms | more
-    configs = {name: TermConfig(**term) for name, term in terms.items()}
+    configs = context.params.variants[variant].terms | {name: TermConfig(**term) for name, term in more.items()}
     return task_of(context, new_student(context, variant), configs, SAMPLES)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from base.errors import PipelineError
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
 from models.detectors.segmenter import build_segmenter
@@ -129,10 +130,10 @@ def test_a_wrong_class_map_is_refused(classes: list[str], class_map: dict[str, s
 
 def test_what_is_not_there_or_is_something_else_is_named(root: Path) -> None:
     shutil.move(root / "outputs/city/instances/train.json", root / "away.json")
-    with pytest.raises(StageError, match=r"train\.json cannot be read .* see data\.instances in params\.yaml"):
+    with pytest.raises(PipelineError, match=r"train\.json cannot be read .* see data\.instances in params\.yaml"):
         run(root)
-    with pytest.raises(StageError, match="expected 'Segmenter', a folder of a segmenter"):
+    with pytest.raises(PipelineError, match="expected 'Segmenter', a folder of a segmenter"):
         InstanceFinder.load(root / "outputs/teachers/lidar", CPU)
-    with pytest.raises(StageError, match="does not hold a whole model"):
+    with pytest.raises(PipelineError, match="does not hold a whole model"):
         InstanceFinder.load(root / "outputs/teachers/none", CPU)
     assert load_detector(root / "outputs/teachers/lidar").sensors == ("points",)

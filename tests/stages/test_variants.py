@@ -12,7 +12,6 @@ from torch import Tensor
 from config.params import StudentParams, load_params
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
-from distill import TermConfig
 from models.detectors.build import build_detector
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import CAMERAS, random_batch
@@ -78,7 +77,7 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
     variant, settings = PARAMS.variants[name], PARAMS.student(name)
     torch.manual_seed(0)
     student = build_detector(settings.model)
-    terms = {key: TermConfig(**term) for key, term in variant.terms.items()}
+    terms = dict(variant.terms)
     taps = {source: source.partition(".")[2] for term in terms.values() for source in term.teacher_taps}
     recipe = make_recipe(student, terms, {t: torch.ones(MAPS[tap]) for t, tap in taps.items() if tap in MAPS})
     batch = batch_for(settings, student.frames)
@@ -102,15 +101,15 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
 def marks(name: str) -> str:
     """A variant's columns of SimDistill's table, read off its student and what its terms compare."""
     model, terms = PARAMS.student(name).model, PARAMS.variants[name].terms
-    pairs = {(term["student"], term["teacher"].partition(".")[2]): term for term in terms.values()}
+    pairs = {(term.student, term.teacher.partition(".")[2]): term for term in terms.values()}
     cmd = pairs.get(("bev_lift_simulated", "bev_lift_lidar"))
-    outputs = sorted(term["distance"] for term in terms.values() if term["student"] == "head")
+    outputs = sorted(term.distance for term in terms.values() if term.student == "head")
     assert outputs in ([], ["qfl", "sl1"])
     has = {
         "branches": model["type"] == "SimulatedFusion",
         "imd": ("bev_lift_camera", "bev_lift_camera") in pairs,
         "cmd": cmd is not None,
-        "mask": cmd is not None and cmd["mask"]["kind"] == "gt_gauss",
+        "mask": cmd is not None and cmd.mask.kind == "gt_gauss",
         "mmdf": ("bev_fused", "bev_fused") in pairs,
         "mmdp": bool(outputs),
         "image": bool(model.get("image_compensation")),
@@ -128,12 +127,12 @@ def test_every_row_of_simdistill_is_there_and_is_what_its_table_says() -> None:
 @pytest.mark.parametrize("row", [row for row, columns in SIMDISTILL.items() if set(columns[1:6]) != {"-"}])
 def test_the_weights_are_those_of_the_released_code(row: str) -> None:
     for term in PARAMS.variants[ROWS[row]].terms.values():
-        masked = term["mask"]["kind"] == "gt_gauss"
-        assert term["weight"] == (0.25 if term["student"] == "head" else 100.0 if masked else 1.0)
-        assert term.get("normalise") is (None if term["student"] == "head" else False)
-        if term["distance"] == "sl1":
-            assert term["beta"] == pytest.approx(1 / 9, abs=1e-4)
-            assert term["code_weights"] == [1, 1, 1, 1, 1, 1, 1, 1, 0.2, 0.2]
+        masked = term.mask.kind == "gt_gauss"
+        assert term.weight == (0.25 if term.student == "head" else 100.0 if masked else 1.0)
+        assert term.normalise is (term.student == "head")
+        if term.distance == "sl1":
+            assert term.beta == pytest.approx(1 / 9, abs=1e-4)
+            assert term.code_weights == (1, 1, 1, 1, 1, 1, 1, 1, 0.2, 0.2)
 
 
 def compensation_weights(config: dict[str, Any] | None, channels: int) -> int:
@@ -176,10 +175,10 @@ def test_learned_positions_are_those_of_the_image_features() -> None:
 def structure(name: str) -> str:
     """A variant's columns of Structured KD's table, read off its start and its terms."""
     terms = PARAMS.variants[name].terms.values()
-    distances = [term["distance"] for term in terms]
+    distances = [term.distance for term in terms]
     inherits = any(start.resample for start in PARAMS.student(name).starts)
     marks = ["cos_rel" in distances, "kl_rel" in distances, "qfl" in distances, inherits]
-    weighting = {WEIGHTING[term["mask"]["kind"]] for term in terms if term["distance"] in ("qfl", "sl1", "l1")}
+    weighting = {WEIGHTING[term.mask.kind] for term in terms if term.distance in ("qfl", "sl1", "l1")}
     assert len(weighting) <= 1
     assert ("qfl" in distances) == ("sl1" in distances)
     assert ("l1" in distances) == bool({"cos_rel", "kl_rel"} & {*distances})  # relations come with their anchor
@@ -194,7 +193,7 @@ def test_every_row_of_structured_kd_is_there_for_each_family(student: str, store
     baselines = {row.removeprefix("C11 ") for row in variants if row.startswith("C11 ")}
     assert baselines == {"features", "attention", "similarity", "logits"}
     for name in variants.values():
-        read = {term["teacher"].partition(".")[0] for term in PARAMS.variants[name].terms.values()}
+        read = {term.store for term in PARAMS.variants[name].terms.values()}
         assert read <= {store, "large-online"} if store == "large" else read <= {store}
 
 

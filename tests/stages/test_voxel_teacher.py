@@ -25,7 +25,7 @@ from config.params import Params, merge, read_yaml
 from data.preparing.build import build_index
 from data.reading.batch import Batch, collate
 from data.store import Store
-from distill import TermConfig
+from distill.terms import TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from pipeline.commands import export

@@ -1,0 +1,296 @@
+"""Stage `check`: whether all that params.yaml asks for can be built, before anything trains for it.
+
+The models of the study are built on torch's device `meta`, where weights have shapes and no memory; their taps, starts
+and the terms of the variants are compared as training would. Its outs never change, so that a value that is fine makes
+nothing run again, while every stage that costs something waits for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from mmengine.registry import Registry
+from torch import Tensor, nn
+
+from base.errors import PipelineError
+from config.params import Params, StudentParams, suggest
+from distill.recipe import Recipe
+from models.detectors.build import make_detector
+from models.detectors.detector import Detector
+from models.layers.registry import MODELS
+from stages.context import StageContext, StageError
+from stages.featured import AFTER, BEFORE, LIDAR, fusion_teacher
+from stages.fusion import CAMERA_MODULES
+from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
+from stages.inputs.weights import check_fit, fitting
+from stages.large import modules_of
+from training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+SERVED: Final = ("boxes", "head")  # taps that every detector has, beside those of its `tap_channels`
+
+
+def run(context: StageContext) -> None:
+    """Publish outs that never change, if nothing is wrong."""
+    logger.info("%s", check(context.params))
+    for number, out in enumerate(context.spec.outs):
+        made = context.scratch / f"checked-{number}"
+        made.write_text("what params.yaml asks for can be built\n")
+        context.publish(made, out)
+
+
+def check(params: Params) -> str:
+    """See that the study can be built; says what was looked at.
+
+    Raises:
+        StageError: it cannot; one line for everything that is wrong: key, value, what is allowed.
+    """
+    checks = Checks(params)
+    if problems := list(dict.fromkeys(checks.problems())):
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise StageError(f"params.yaml asks for what cannot be built:\n{listed}")
+    variants = len(params.study.variants)
+    return f"params.yaml: {len(checks.models)} models and the terms of {variants} variants can be built"
+
+
+class Checks:
+    """What is wrong with the models, taps, starts and terms of a study."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.models: dict[str, nn.Module | str] = {}  # config as JSON -> the model, or why there is none
+
+    def problems(self) -> Iterator[str]:
+        """A line for each; the same may come twice."""
+        study = self.params.study
+        for name in study.detectors:
+            teacher = self.params.teachers[name]
+            yield from self._of_model(f"teachers.{name}", teacher.model, teacher.train)
+        for name in study.segmenters:
+            yield from self._of_segmenter(name)
+        yield from self._of_second_steps()
+        for name in dict.fromkeys([*study.stores, *self._online()]):
+            yield from self._of_store(name)
+        for name in study.variants:
+            yield from self._of_variant(name)
+        for name in study.featured:
+            yield from self._of_featured(name)
+
+    def _online(self) -> list[str]:
+        """Stores that variants read and that are not in study.stores."""
+        terms = [term for name in self.params.study.variants for term in self.params.variants[name].terms.values()]
+        return [term.store for term in terms]
+
+    def _built(self, config: Mapping[str, Any], make: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module | str:
+        """The model of a config without its weights, each config once; in words, why there is none."""
+        name = json.dumps(config, sort_keys=True, default=str)
+        if name not in self.models:
+            self.models[name] = without_weights(config, make)
+        return self.models[name]
+
+    def _detector(self, config: Mapping[str, Any]) -> Detector | None:
+        """The detector of a config, or None: `_of_model` says why."""
+        built = self._built(config, make_detector)
+        return built if isinstance(built, Detector) else None
+
+    def _teacher(self, name: str) -> Detector | None:
+        """A teacher of boxes."""
+        entry = self.params.teachers.get(name)
+        return self._detector(entry.model) if entry else None
+
+    def _of_model(self, where: str, config: Mapping[str, Any], train: TrainConfig) -> Iterator[str]:
+        """A detector and its training, with what it must have in common with the input."""
+        built, given = self._built(config, make_detector), self.params.input
+        if not isinstance(built, Detector):
+            yield f"{where}.model: {built}"
+            return
+        if built.frames > given.frames:
+            kind = type(built).__name__
+            yield f"{where}.model: the {kind} reads {built.frames} keyframes, and input.frames is {given.frames}"
+        stride = getattr(built, "stride", given.depth_stride)
+        learns_depth = getattr(built, "learns_depth", False) and getattr(built, "image", None) is None
+        if learns_depth and stride != given.depth_stride:
+            yield (
+                f"{where}.model.stride: {stride}, and input.depth_stride is {given.depth_stride}: the depth that it "
+                "learns has its stride, so give both the same"
+            )
+        known = [name for name, _ in built.named_modules() if name]
+        for name in train.lr_factors:
+            if name not in known:
+                shallow = [module for module in known if module.count(".") <= name.count(".")]
+                yield f"{where}.train.lr_factors: the model has no module {name!r}{suggest(name, shallow)}"
+
+    def _of_segmenter(self, name: str) -> Iterator[str]:
+        settings = self.params.segmenters[name]
+        config = segmenter_config(settings)
+        built = self._built(config, make_segmenter)
+        if isinstance(built, str):
+            yield f"segmenters.{name}: {built}"
+        try:
+            detection_names(config["classes"], config["class_map"])
+        except StageError as error:
+            yield f"segmenters.{name}: {error}"
+
+    def _of_second_steps(self) -> Iterator[str]:
+        """Fusion and large camera teachers take modules of their parts."""
+        study = self.params.study
+        steps = [("fusions", name, study.parts.camera, "camera") for name in study.fusions]
+        steps += [("fusions", name, study.parts.lidar, "lidar") for name in study.fusions]
+        steps += [("large", name, study.parts.camera, "camera") for name in study.large]
+        for kind, name, part, sensor in steps:
+            own, other = self._teacher(name), self._teacher(part)
+            if own is None or other is None:
+                continue
+            modules = None if sensor == "lidar" else CAMERA_MODULES if kind == "fusions" else modules_of(own)
+            yield from self._fits(f"study.{kind}: {name!r} from study.parts.{sensor}", own, part, modules)
+
+    def _fits(
+        self, where: str, own: Detector, teacher: str, only: Collection[str] | None, *, resample: bool = False
+    ) -> Iterator[str]:
+        """Whether a detector can take weights of a teacher."""
+        if (other := self._teacher(teacher)) is None:
+            return
+        try:
+            fitting(own, weights_of(other), f"teacher {teacher!r}", only, resample=resample)
+        except StageError as error:
+            yield f"{where}: {error}"
+
+    def _of_store(self, name: str) -> Iterator[str]:
+        """Whether a teacher has the taps that are stored of it or served online."""
+        store = self.params.stores[name]
+        if (teacher := self._teacher(store.teacher)) is None:  # a segmenter, whose only tap the schema knows
+            return
+        known = [*SERVED, *teacher.tap_channels]
+        for tap in store.taps:
+            if tap not in known:
+                kind = type(teacher).__name__
+                yield f"stores.{name}.taps: the {kind} of teacher {store.teacher!r} has no {tap!r}{suggest(tap, known)}"
+
+    def _of_variant(self, name: str) -> Iterator[str]:
+        """A variant's student, where it starts, and its terms."""
+        variant, settings = self.params.variants[name], self.params.student(name)
+        whose = f"variants.{name}" if variant.model or variant.train else f"students.{variant.student}"
+        yield from self._of_model(whose, settings.model, settings.train)
+        if not variant.truth and all(term.student != "head" for term in variant.terms.values()):
+            yield f"variants.{name}.truth: false, and its head needs a term to learn from"
+        if (student := self._detector(settings.model)) is not None:
+            yield from self._of_starts(name, student, settings)
+            yield from self._of_terms(name, student)
+
+    def _of_starts(self, name: str, student: Detector, settings: StudentParams) -> Iterator[str]:
+        variant = self.params.variants[name]
+        where = f"variants.{name}.start" if variant.start or variant.model else f"students.{variant.student}.start"
+        for start in settings.starts:
+            teacher = self._teacher(start.teacher)
+            if teacher is None:
+                continue
+            if start.only is not None:
+                yield from self._fits(where, student, start.teacher, start.only, resample=start.resample)
+                continue
+            try:
+                check_fit(student, weights_of(teacher), f"teacher {start.teacher!r}")
+            except StageError as error:
+                yield f"{where}: {error}; or name in `only` the modules to take"
+
+    def _of_terms(self, name: str, student: Detector) -> Iterator[str]:
+        """Whether each term can compare the student with its teacher."""
+        for term, config in self.params.variants[name].terms.items():
+            teacher = self._teacher(self.params.stores[config.store].teacher)
+            channels = {} if teacher is None else {
+                f"{config.store}.{tap}": width for tap, width in widths(teacher).items()
+            }  # fmt: skip
+            try:
+                Recipe({term: config}, student.targets, student.tap_channels, channels,
+                       stride=getattr(student, "stride", None))  # fmt: skip
+            except ValueError as error:
+                words = str(error).removeprefix(f"term '{term}': ")
+                yield f"variants.{name}.terms.{term}: {words}"
+
+    def _of_featured(self, name: str) -> Iterator[str]:
+        try:
+            teacher = self._teacher(fusion_teacher(self.params, name))
+        except StageError as error:
+            yield str(error)
+            return
+        student = self._detector(self.params.student(name).model)
+        for model, taps in ((student, (BEFORE, AFTER)), (teacher, (LIDAR,))):
+            if model is not None and (missing := [tap for tap in taps if tap not in model.tap_channels]):
+                kind = type(model).__name__
+                yield f"study.featured: {name!r} shows taps {', '.join(missing)}, which the {kind} does not have"
+
+
+def without_weights(config: Mapping[str, Any], make: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module | str:
+    """The model of a config with shapes in place of weights; in words, why there is none."""
+    try:
+        try:
+            with torch.device("meta"):
+                return make(config)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta tensor" not in str(error):
+                raise
+            return make(config)  # some modules compute with their first weights, so they get some
+    except Exception as error:  # code of mmdet and torch runs on values of any kind
+        return in_words(error, config)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What would be published of a model."""
+    return dict(model.state_dict())
+
+
+def widths(teacher: Detector) -> dict[str, int]:
+    """Channels of a teacher's dense taps, its head maps among them."""
+    return {**teacher.tap_channels, "head": sum(teacher.targets.task_channels)}
+
+
+def in_words(error: Exception, config: Mapping[str, Any]) -> str:
+    """Why a model cannot be built: a misspelt or missing key with what is allowed, or else the error's first line."""
+    text = str(error.args[0]) if error.args else ""
+    if found := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
+        kind, key = kind_of(found[1], config), found[2]
+        return f"{kind} has no key {key!r}{suggest(key, keys_of(kind))}"
+    if found := re.search(r"(\w+)\.__init__\(\) missing \d+ required .*?arguments?: (.*)", text):
+        kind, keys = kind_of(found[1], config), found[2]
+        return f"{kind} lacks {keys}; its keys: {', '.join(keys_of(kind))}"
+    if found := re.match(r"(\w+) is not in the .* registry", text):
+        close = difflib.get_close_matches(found[1], registered(), n=1)
+        return f"type {found[1]!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else "")
+    lines = text.splitlines() or [""]
+    return lines[0] if isinstance(error, PipelineError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def kind_of(name: str, config: Mapping[str, Any]) -> str:
+    """The type that a person wrote, of a class that refused a key: it may be what the detector's class extends."""
+    return name if name in registered() else str(config.get("type"))
+
+
+def registered() -> list[str]:
+    """The types that a part of a detector can have."""
+    names: list[str] = []
+    registry: Registry | None = MODELS
+    while registry is not None:
+        names += registry.module_dict
+        registry = registry.parent
+    return names
+
+
+def keys_of(kind: str) -> list[str]:
+    """The keys of a registered class, and of what it passes on to the class that it extends."""
+    keys: dict[str, None] = {}
+    for one in inspect.getmro(MODELS.get(kind) or object):
+        if one in (object, nn.Module) or "__init__" not in vars(one):
+            continue
+        signature = inspect.signature(vars(one)["__init__"]).parameters.values()
+        keys |= dict.fromkeys(p.name for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature):
+            break
+    keys.pop("self", None)
+    return list(keys)
