@@ -29,7 +29,7 @@ from stages.context import StageContext, StageError
 from stages.featured import AFTER, BEFORE, LIDAR, fusion_teacher
 from stages.fusion import CAMERA_MODULES
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
-from stages.inputs.weights import check_fit, fitting
+from stages.inputs.weights import check_fit, fitting, without_checkpoints
 from stages.large import modules_of
 from training.config import TrainConfig
 
@@ -131,7 +131,7 @@ class Checks:
     def _of_segmenter(self, name: str) -> Iterator[str]:
         settings = self.params.segmenters[name]
         config = segmenter_config(settings)
-        built = self._built(config, make_segmenter)
+        built = self._built(without_checkpoints(config), make_segmenter)
         if isinstance(built, str):
             yield f"segmenters.{name}: {built}"
         try:
