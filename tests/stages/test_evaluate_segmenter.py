@@ -111,9 +111,7 @@ def test_positions_are_spread_from_the_first_to_the_last() -> None:
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(
-        PipelineError, match=r"instance/model\.json.*`dvc repro predict_segmenter@instance`"
-    ):
+    with pytest.raises(PipelineError, match=r"instance/model\.json.*`dvc repro predict_segmenter@instance`"):
         evaluate_segmenter.run(context_of(root, parse(), "evaluate_segmenter"))
     (root / "outputs/city/instances/val.json").unlink()
     for stage in (predict_segmenter, evaluate_segmenter):
