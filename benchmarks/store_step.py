@@ -143,7 +143,7 @@ class Bench:
         """
         self.params, self.scratch = params, scratch
         self.settings = params.student(VARIANT)
-        self.terms = dict(params.variants[VARIANT].terms)
+        self.terms = params.variants[VARIANT].terms
         seed_everything(MODEL, 0)
         self.teacher = build_detector(params.teachers["lidar"].model).eval()
         self.samples = random_samples(params, samples)

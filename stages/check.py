@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 from mmengine.registry import Registry
-from torch import Tensor, nn
+from torch import nn
 
 from base.errors import PipelineError
 from config.params import Params, StudentParams, suggest
@@ -146,8 +146,7 @@ class Checks:
         steps += [("fusions", name, study.parts.lidar, "lidar") for name in study.fusions]
         steps += [("large", name, study.parts.camera, "camera") for name in study.large]
         for kind, name, part, sensor in steps:
-            own, other = self._teacher(name), self._teacher(part)
-            if own is None or other is None:
+            if (own := self._teacher(name)) is None:
                 continue
             modules = None if sensor == "lidar" else CAMERA_MODULES if kind == "fusions" else modules_of(own)
             yield from self._fits(f"study.{kind}: {name!r} from study.parts.{sensor}", own, part, modules)
@@ -159,7 +158,7 @@ class Checks:
         if (other := self._teacher(teacher)) is None:
             return
         try:
-            fitting(own, weights_of(other), f"teacher {teacher!r}", only, resample=resample)
+            fitting(own, other.state_dict(), f"teacher {teacher!r}", only, resample=resample)
         except StageError as error:
             yield f"{where}: {error}"
 
@@ -196,7 +195,7 @@ class Checks:
                 yield from self._fits(where, student, start.teacher, start.only, resample=start.resample)
                 continue
             try:
-                check_fit(student, weights_of(teacher), f"teacher {start.teacher!r}")
+                check_fit(student, teacher.state_dict(), f"teacher {start.teacher!r}")
             except StageError as error:
                 yield f"{where}: {error}; or name in `only` the modules to take"
 
@@ -239,11 +238,6 @@ def without_weights(config: Mapping[str, Any], make: Callable[[Mapping[str, Any]
             return make(config)  # some modules compute with their first weights, so they get some
     except Exception as error:  # code of mmdet and torch runs on values of any kind
         return in_words(error, config)
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What would be published of a model."""
-    return dict(model.state_dict())
 
 
 def widths(teacher: Detector) -> dict[str, int]:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +33,13 @@ def functions() -> dict[str, set[str]]:
 
 def write_calls(names: Collection[str], path: Path) -> None:
     """Append the name of each of these functions to a file when it is first called, here or in a fork of this one."""
-    seen: set[int] = set()  # by identity, since a code object is hashed by all that it holds
+    # By identity, since a code object is hashed by all that it holds; kept, so that no other one gets its identity.
+    seen: dict[int, CodeType] = {}
 
     def see(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if event == "call" and id(code) not in seen:
-            seen.add(id(code))
+            seen[id(code)] = code
             name = f"{frame.f_globals.get('__name__')}.{code.co_qualname}"
             if name in names:
                 with path.open("a") as file:
