@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("whole") is None)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """See that pytest-xdist knows the groups: with some versions of pytest it does not, and makes every fixture twice."""
+    if getattr(session.config.option, "loadgroup", False):
+        loose = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        if loose:
+            raise pytest.UsageError(f"pytest-xdist groups no tests with pytest {pytest.__version__}: {loose[0]}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch
@@ -56,7 +64,8 @@ def real_dataroot() -> Path:
 @pytest.fixture(scope="session")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dataroot of a tiny synthetic city, v1.0-trainval: a training scene of 3 keyframes, two validation scenes of 2."""
-    from data.city import CityConfig, generate
+    from data.city.config import CityConfig
+    from data.city.generate import generate
 
     dataroot = tmp_path_factory.mktemp("city") / "city"
     config = CityConfig(
