@@ -30,7 +30,7 @@ $(READY): | setup/setup.sh
 	@PYTHON="$(PYTHON)" bash setup/setup.sh
 	@rm -f .venv/.ready-* && touch $@ $(@:-gpu=)
 
-demo: setup      ## the study of params.yaml at demo size
+demo: setup      ## the study of the parameters at demo size
 	@$(PY) -m pipeline profile demo
 	@$(PY) -m pipeline run
 	@cat reports/table.txt

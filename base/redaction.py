@@ -2,7 +2,7 @@
 
 A secret is what stands before the @ of an address, what a setting or a query parameter whose name says so holds
 (`MLFLOW_TRACKING_TOKEN`, `?token=`), and the Authorization header that a user and a password make. They are read from
-the environment, params.yaml and the settings of DVC and git. A secret is found however it is spelled: an error repeats
+the environment, the parameters, and the settings of DVC, git. A secret is found however it is spelled: an error repeats
 an address percent-encoded, in JSON or in HTML, whole or in parts. What stands before the @ of any address is taken
 out too, whether it is known or not.
 

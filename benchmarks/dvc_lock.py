@@ -2,7 +2,7 @@
 
 python benchmarks/dvc_lock.py      (in a clone after `python -m pipeline study structured --profile smoke`: 108 stages)
 
-Hashes in the file are made up, its parameters are those of params.yaml. CPU seconds of this process, once each.
+Hashes in the file are made up, its parameters are those of the project. CPU seconds of this process, once each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a student costs: parameters, multiply-adds and memory, part by part, at the size of a profile.
 
-`python benchmarks/model_cost.py nuscenes-x3kd-r50` lays the profile over params.yaml in memory and runs, on CUDA if
+`python benchmarks/model_cost.py nuscenes-x3kd-r50` lays the profile over the parameters in memory and runs, on CUDA if
 there is one, else on the CPU, one inference and one training step of a sample: six cameras, all keyframes of the
 profile. It needs no data and no weights. One profile per run, because a process's peak memory never falls.
 
@@ -32,6 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.charts import machine
 from config.params import Params
 from config.profiles import apply_profile
+from config.sections import tap_kind
 from data.reading.batch import Batch, collate
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
@@ -46,23 +47,18 @@ from stages.synthetic import CAMERAS, random_samples
 from training.trainer import minimised, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTANCES = 8
-"""Per image, about what a segmenter finds on nuScenes."""
+INSTANCES = 8  # per image, about what a segmenter finds on nuScenes
 REST = "the rest, losses"
 
 
 class Step(NamedTuple):
     """A training step."""
 
-    kept: dict[str, int]
-    """Bytes that the forward pass keeps for the backward pass, by part and term."""
-    macs: dict[str, int]
-    """Of the forward passes of the terms."""
-    before: int
-    """Bytes in use before the step."""
+    kept: dict[str, int]  # bytes that the forward pass keeps for the backward pass, by part and term
+    macs: dict[str, int]  # of the forward passes of the terms
+    before: int  # bytes in use before the step
     peak: int
-    seconds: float
-    """Of CPU time, which other work on the machine hardly changes."""
+    seconds: float  # of CPU time, which other work on the machine hardly changes
 
 
 class Row(NamedTuple):
@@ -75,9 +71,10 @@ class Row(NamedTuple):
 
 
 def params_of(profile: str) -> Params:
-    """params.yaml with a profile over it."""
+    """The parameters with a profile over them."""
     with TemporaryDirectory() as name:
         shutil.copy(ROOT / "params.yaml", name)
+        shutil.copytree(ROOT / "params", Path(name) / "params")
         shutil.copytree(ROOT / "profiles", Path(name) / "profiles")
         return apply_profile(profile, Path(name))
 
@@ -160,10 +157,9 @@ class Bench:
     def _recipe(self, params: Params) -> Recipe:
         self.shapes: dict[str, tuple[int, int, int]] = {}
         for source in sorted({source for config in self.terms.values() for source in config.teacher_taps}):
-            store, _, tap = source.partition(".")
-            if tap not in ("boxes", "inst2d"):
-                teacher = build_detector(params.teachers[params.stores[store].teacher].model)
-                self.shapes[source] = shape_of(teacher, tap)
+            if not tap_kind(source.tap).exact:
+                teacher = build_detector(params.teachers[params.stores[source.store].teacher].model)
+                self.shapes[source] = shape_of(teacher, source.tap)
         student, stride = self.student, getattr(self.student, "stride", None)
         widths = {source: shape[0] for source, shape in self.shapes.items()}
         return Recipe(self.terms, student.targets, student.tap_channels, widths, stride=stride)
@@ -172,11 +168,11 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         outputs: dict[str, Any] = {}
         for tap in self.recipe.teacher_taps:
-            if tap.endswith(".boxes"):
+            if tap.tap == "boxes":
                 boxes, labels = self.batch.boxes[0].cpu(), self.batch.labels[0].cpu()[:, None]
                 score = torch.full((len(boxes), 1), 0.9)
                 outputs[tap] = [torch.cat([boxes, score, labels.float()], dim=1).to(self.device)]
-            elif tap.endswith(".inst2d"):
+            elif tap.tap == "inst2d":
                 outputs[tap] = [[random_instances(generator, self.size, self.device) for _ in range(CAMERAS)]]
             else:
                 outputs[tap] = torch.randn(1, *self.shapes[tap], generator=generator).relu().to(self.device)

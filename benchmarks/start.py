@@ -24,18 +24,19 @@ START = """
 import importlib
 from pathlib import Path
 import pipeline.cli
-import pipeline.stage
-from config import graph
-from config.params import load_params
-load_params(Path("params.yaml"))
+from pipeline.stage import graph, load_params
+params = load_params("." if Path("params").is_dir() else "params.yaml")  # other commits have one file
 graph.resolve({address!r})
 importlib.import_module("stages.{stage}")
 """
 BUILD = (
     START
     + """
-from models.detectors.build import build_detector
-build_detector(load_params(Path("params.yaml")).teachers["start"].model)
+try:
+    from models.detectors.build import build_detector
+except ImportError:  # other commits have it elsewhere
+    from models.build import build_detector
+build_detector(params.teachers["start"].model)
 """
 )
 STAGES = {

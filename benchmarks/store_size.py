@@ -1,6 +1,6 @@
 """What each encoding of a teacher's map costs in bytes and error: `python benchmarks/store_size.py`.
 
-Encodes the LiDAR teacher's `bev_lift` of params.yaml, with calibrations fitted to one half of the samples and
+Encodes the LiDAR teacher's `bev_lift` of the parameters, with calibrations fitted to one half of the samples and
 everything measured on the other. The trained teacher and the data come from `--outputs`, the folder that a run of the
 study has made. Without it the teacher is freshly initialised and sees random points, and the table says so.
 Decoding is what a loader's worker does with a chunk, up to the map in the batch; expanding to float is the device's.
@@ -24,7 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from config.params import Params, StoreParams, load_params
+from config.files import load_params
+from config.params import Params
+from config.sections import StoreParams
 from data.reading.batch import collate
 from data.store import Calibration, Encoding
 from data.store.encoding import decode_map, encode_map
@@ -156,11 +158,13 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    params = load_params(Path(__file__).resolve().parents[1] / "params.yaml")
+    params = load_params(Path(__file__).resolve().parents[1])
     outputs = given.outputs.resolve()
     trained = (outputs / "teachers/lidar").is_dir() and (outputs / "index").is_dir()
     if trained and outputs.name != "outputs":
-        parser.error(f"--outputs {given.outputs}: its name must be outputs, as the paths of params.yaml begin with it")
+        parser.error(
+            f"--outputs {given.outputs}: its name must be outputs, as the paths of the parameters begin with it"
+        )
     maps = trained_maps(params, outputs, given.samples) if trained else fresh_maps(params, given.samples)
     what = "trained teacher" if trained else "UNTRAINED teacher on random points (no outputs/): shares mean little"
     occupied = np.mean([m.value.any(0).mean() for m in maps])

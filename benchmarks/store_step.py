@@ -1,6 +1,6 @@
 """What a teacher costs a student's training step: nothing, from the store, or run online.
 
-`python benchmarks/store_step.py` trains the camera student of params.yaml with its X-OD and X-FD terms, on CUDA if
+`python benchmarks/store_step.py` trains the camera student of the parameters with its X-OD and X-FD terms, on CUDA if
 there is one, else on the CPU, by `training.trainer` and with one loader per arm. All arms read the same prepared
 samples from memory (no files, no decoding), so that they differ in the teacher's part only. The arms take turns, a step
 each on the CPU, and ratios are taken within a round; beside them those of the trainer's CPU time, which other work on
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from benchmarks.charts import Bar, Panel, draw, machine
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.reading.batch import Sample, collate
 from data.reading.dataset import SampleKey
 from data.store import Calibration, Encoding, Store, StoreIdentity, StoreWriter, TapSpec
@@ -40,6 +41,7 @@ from stages.distill import Distillation, make_recipe
 from stages.synthetic import random_boxes, random_samples
 from stages.teaching.sources import OnlineTeacher, Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
+from training.run import Run
 from training.seeding import MODEL, seed_everything
 from training.trainer import Trainer
 
@@ -137,7 +139,7 @@ class Bench:
         """Make the samples, a fresh teacher and its store.
 
         Args:
-            params: the whole of params.yaml.
+            params: all parameters.
             scratch: folder of the store and of the trainers.
             samples: how many there are.
         """
@@ -182,7 +184,7 @@ class Bench:
         recipe = make_recipe(student, terms, {MAP: torch.from_numpy(self.stores[next(iter(STORED))].std("bev_lift"))})
         config = self.settings.train.model_copy(update={"epochs": 1000})
         task, folder = Distillation(student, recipe, sources), self.scratch / name.replace(" ", "-")
-        return Arm(Trainer(task, dataset, collate_batch, config, 0, folder, Silent(), lambda: False, name))
+        return Arm(Trainer(task, dataset, collate_batch, config, Run(0, folder, Silent(), label=name)))
 
 
 def compare(arms: Mapping[str, Arm], rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    params = load_params(Path(__file__).resolve().parents[1] / "params.yaml")
+    params = load_params(Path(__file__).resolve().parents[1])
     with TemporaryDirectory() as name:
         bench = Bench(params, Path(name), given.samples)
         rows = compare(bench.arms(), given.rounds, given.steps)

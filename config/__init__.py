@@ -1,1 +1,1 @@
-"""What is configured: params.yaml, profiles and studies over it, and the graph of dvc.yaml."""
+"""What is configured: the parameters, profiles and studies over them, and the graph of dvc.yaml."""

@@ -258,7 +258,7 @@ def _reasons(stage: PipelineStage, entries: list[Any]) -> list[str]:
 
 def _changed_params(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` of every leaf that differs."""
-    from config.params import flatten
+    from config.nested import flatten
 
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]

@@ -1,34 +1,38 @@
-"""Profiles: `profiles/NAME.yaml` laid over params.yaml in place.
+"""Profiles: `profiles/NAME.yaml` laid over params.yaml and the files of params/, in place.
 
-Only the values that the profile sets change; comments, anchors and order stay. A profile mirrors the nesting of
-params.yaml: dicts merge, and every key must exist there. A dict that is tagged `!replace` in the profile replaces the
-whole dict instead.
+Only the values that the profile sets change; comments, anchors and order stay. A profile mirrors the nesting of the
+parameters, whichever file they are in: dicts merge, and every key must exist there. A dict that is tagged `!replace` in
+the profile replaces the whole dict instead, and so do the dicts of WHOLE in any case.
 A comment beside a changed value starts at column 30, or two spaces behind a longer line, so that laying another profile
 over it and then the first one again gives the same bytes.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from base.errors import PipelineError
-from config.params import Params, ParamsError, flatten, load_params
+from config.files import SPREAD, lay, parse, read_texts
+from config.nested import flatten, merge
+from config.params import Params, ParamsError
 
 COMMENT_COLUMN = 30
 _REPLACE = "!replace"
 _TAG = re.compile(rf"\s*{_REPLACE}[ \t]*")
 _COMMENT = re.compile(r"""((?:[^#"']|"[^"]*"|'[^']*'|(?<!\s)#)*?)[ \t]+(#.*)""")
 GROUND = "demo"  # the profile that holds every value that another profile or a study sets
+WHOLE = ("study.fusions", "study.large", "memory")  # names with what belongs to each: all of them, or others
 
 
 class ProfileError(PipelineError):
-    """A profile does not fit params.yaml."""
+    """A profile does not fit the parameters."""
 
 
 def available(root: Path) -> list[str]:
@@ -37,7 +41,7 @@ def available(root: Path) -> list[str]:
 
 
 def apply_profile(name: str, root: Path) -> Params:
-    """Lay a profile over params.yaml; returns the checked result. params.yaml is untouched when it fails.
+    """Lay a profile over the parameters; returns the checked result. The files are untouched when it fails.
 
     Profile `demo` is laid first, which resets what any other profile has set: the result does not depend on that.
     """
@@ -54,22 +58,19 @@ def profile_overlay(name: str, root: Path) -> tuple[str, str]:
 
 
 def apply_overlays(overlays: Sequence[tuple[str, str]], root: Path, what: str) -> Params:
-    """Lay overlays (text, name) over params.yaml one after another; returns the checked result.
+    """Lay overlays (text, name) over the parameters one after another; returns the checked result.
 
-    params.yaml is untouched when it fails; `what` begins the message then.
+    The files are untouched when it fails, or when it is killed; `what` begins the message then.
     """
-    target, draft = root / "params.yaml", root / "params.yaml.tmp"
     try:
-        text = target.read_text()
+        before = read_texts(root)
+        texts = before
         for overlay, name in overlays:
-            text = lay_over(text, overlay, name)
-        draft.write_text(text)
-        params = load_params(draft)
-        os.replace(draft, target)
+            texts = lay_over(texts, overlay, name)
+        params = parse(texts, available(root))
     except ParamsError as error:
-        raise ProfileError(f"{what}: {str(error).replace(draft.name, target.name)}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+        raise ProfileError(f"{what}: {error}") from None
+    lay({file: text for file, text in texts.items() if text != before[file]}, root)
     return params
 
 
@@ -79,36 +80,84 @@ def section(text: str, name: str) -> str:
     return text[key.end_mark.index + 1 : _end(value, key, text)]
 
 
-def lay_over(base: str, overlay: str, name: str) -> str:
-    """The text of `base` with the values that `overlay` sets. Raises ProfileError, naming the overlay and the key."""
-    try:
-        base_node, overlay_node = YAML(typ="safe").compose(base), YAML(typ="safe").compose(overlay)
-    except YAMLError as error:
-        raise ProfileError(f"{name} is not valid YAML: {error}") from None
-    edits = list(_edits(base_node, overlay_node, "", (base, overlay, name)))
-    result = base
-    for start, end, value in sorted(edits, reverse=True):
-        result = _put(result, start, end, value)
+def lay_over(texts: Mapping[str, str], overlay: str, name: str) -> dict[str, str]:
+    """The texts of files by path, with the values that `overlay` sets.
+
+    Raises:
+        ProfileError: naming the overlay and the key that does not fit.
+    """
+    bases, overlay_node = {file: _compose(text, file) for file, text in texts.items()}, _compose(overlay, name)
+    result = dict(texts)
+    for file, part in _parts(bases, overlay_node, name).items():
+        edits = list(_edits(bases[file], part, "", (texts[file], overlay, (name, file))))
+        for start, end, value in sorted(edits, reverse=True):
+            result[file] = _put(result[file], start, end, value)
     _check(result, overlay, name)
     return result
 
 
+def _compose(text: str, name: str) -> MappingNode:
+    try:
+        return YAML(typ="safe").compose(text)
+    except YAMLError as error:
+        raise ProfileError(f"{name} is not valid YAML: {error}") from None
+
+
+def _parts(bases: Mapping[str, MappingNode], overlay: MappingNode, name: str) -> dict[str, MappingNode]:
+    """What of an overlay belongs to each file: sections, and of those that are spread over files single entries."""
+    parts: dict[str, MappingNode] = {}
+    for key, value in overlay.value if isinstance(overlay, MappingNode) else ():
+        homes = {file: content for file, base in bases.items() if (content := _content(base, key.value)) is not None}
+        if not homes:
+            known = ", ".join(each.value for base in bases.values() for each, _ in base.value)
+            raise ProfileError(f"{name}: {key.value} is not in {' or '.join(bases)}; keys there: {known}")
+        if key.value not in SPREAD or not isinstance(value, MappingNode):
+            _add(parts, next(iter(homes)), key, value)
+            continue
+        for entry in value.value:
+            own = [file for file, content in homes.items() if _content(content, entry[0].value) is not None]
+            if not own:
+                known = ", ".join(each.value for content in homes.values() for each, _ in content.value)
+                path = f"{key.value}.{entry[0].value}"
+                raise ProfileError(f"{name}: {path} is not in {' or '.join(homes)}; keys there: {known}")
+            _add(parts, own[0], key, MappingNode(value.tag, [entry]))
+    return parts
+
+
+def _add(parts: dict[str, MappingNode], file: str, key: Node, value: Node) -> None:
+    """Give a file one more section, or entry of a section."""
+    part = parts.setdefault(file, MappingNode("", []))
+    for known, content in part.value:
+        if known is key:
+            content.value += value.value
+            return
+    part.value.append((key, value))
+
+
+def _content(base: Node, name: str) -> Node | None:
+    """What a mapping has under a key."""
+    return next((value for key, value in base.value if key.value == name), None)
+
+
 def _edits(
-    base: MappingNode, overlay: MappingNode, where: str, texts: tuple[str, str, str]
+    base: MappingNode, overlay: MappingNode, where: str, texts: tuple[str, str, tuple[str, str]]
 ) -> Iterator[tuple[int, int, str]]:
-    """(start, end, new text) of every value that changes, from behind the key's colon to the value's end."""
-    base_text, overlay_text, name = texts
+    """(start, end, new text) of every value that changes, from behind the key's colon to the value's end.
+
+    `texts` are of the file and of the overlay, with the names of overlay and file.
+    """
+    base_text, overlay_text, (name, file) = texts
     known = {key.value: (key, value) for key, value in base.value}
     for key, value in overlay.value:
         path = f"{where}{key.value}"
         if key.value not in known:
-            raise ProfileError(f"{name}: {path} is not in params.yaml; keys there: {', '.join(known)}")
+            raise ProfileError(f"{name}: {path} is not in {file}; keys there: {', '.join(known)}")
         old_key, old = known[key.value]
         anchor = _anchor(old_key, base_text)
         both_dicts = isinstance(old, MappingNode) and isinstance(value, MappingNode)
-        if both_dicts and value.tag != _REPLACE:
+        if both_dicts and value.tag != _REPLACE and path not in WHOLE:
             if old.start_mark.index < old_key.start_mark.index:
-                raise ProfileError(f"{name}: {path} is an alias (*{anchor}) in params.yaml: set it where &{anchor} is")
+                raise ProfileError(f"{name}: {path} is an alias (*{anchor}) in {file}: set it where &{anchor} is")
             yield from _edits(old, value, f"{path}.", texts)
             continue
         new = overlay_text[key.end_mark.index + 1 : _end(value, key, overlay_text)]
@@ -145,15 +194,17 @@ def _put(text: str, start: int, end: int, value: str) -> str:
     return head + rest + newline + tail
 
 
-def _check(result: str, overlay: str, name: str) -> None:
-    """The edited text must parse, and hold every value of the overlay."""
+def _check(result: Mapping[str, str], overlay: str, name: str) -> None:
+    """The edited texts must parse, and hold every value of the overlay."""
     loader = YAML(typ="safe")
     loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
     try:
-        wanted, got = flatten(loader.load(overlay)), flatten(YAML(typ="safe").load(result))
+        wanted = flatten(loader.load(overlay))
+        whole: dict[str, Any] = reduce(merge, (YAML(typ="safe").load(text) for text in result.values()), {})
     except YAMLError as error:
-        raise ProfileError(f"{name} would make params.yaml unreadable: {error}") from None
+        raise ProfileError(f"{name} would make the parameters unreadable: {error}") from None
+    got = flatten(whole)
     if wrong := [key for key, value in wanted.items() if got.get(key, ...) != value]:
         raise ProfileError(
-            f"{name}: {', '.join(wrong)} did not arrive: mirror the nesting and indentation of params.yaml"
+            f"{name}: {', '.join(wrong)} did not arrive: mirror the nesting and indentation of the parameters"
         )

@@ -1,9 +1,9 @@
-"""Studies: `studies/NAME.yaml` says what one report compares, at which profile, and what of params.yaml that needs.
+"""Studies: `studies/NAME.yaml` says what one report compares, at which profile, and what of the parameters that needs.
 
 A study says what is compared; its profile says at which size, with how many seeds and from which start, unless the
-study sets that too. Both are laid over params.yaml in place, and always over the same ground: first profile `demo`,
+study sets that too. Both are laid over the parameters in place, and always over the same ground: first profile `demo`,
 which resets what any profile or study has set, then the study's profile, then the study. So it is the same study
-whatever params.yaml held before.
+whatever they held before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from base.errors import PipelineError
-from config.params import Params, ParamsError, read_yaml
+from config.files import read_yaml
+from config.params import Params, ParamsError
 from config.profiles import GROUND, apply_overlays, profile_overlay, section
 
 
@@ -24,7 +25,7 @@ class StudyError(PipelineError):
 
 
 class Study(BaseModel):
-    """The content of a study's file; `params` and `study` mirror the nesting of params.yaml."""
+    """The content of a study's file; `params` and `study` mirror the nesting of the parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,7 +57,7 @@ def read_study(name: str, root: Path) -> Study:
 
 
 def apply_study(name: str, root: Path, profile: str | None = None) -> Params:
-    """Lay a study over params.yaml; returns the checked result. params.yaml is untouched when it fails.
+    """Lay a study over the parameters; returns the checked result. The files are untouched when it fails.
 
     Args:
         name: a file of studies/ without .yaml.

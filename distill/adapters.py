@@ -77,6 +77,7 @@ def resize(student: int, teacher: int, config: AdapterConfig) -> nn.Module:
     return Resize()
 
 
+# Makers of adapters from student channels, teacher channels and config, by name.
 ADAPTERS: dict[str, Callable[[int, int, AdapterConfig], nn.Module]] = {
     "id": identity,
     "conv1x1": lambda student, teacher, _: nn.Conv2d(student, teacher, 1),
@@ -85,4 +86,3 @@ ADAPTERS: dict[str, Callable[[int, int, AdapterConfig], nn.Module]] = {
     "resize": resize,
     "projection": lambda student, teacher, _: Projection(student, teacher),
 }
-"""Makers of adapters from student channels, teacher channels and config, by name."""

@@ -21,8 +21,7 @@ from distill.term import Outcome, Term
 from distill.terms import TermConfig
 from models.ports import Batch, Prediction
 
-STEEPNESS = 10.0
-"""Of the ramp of the reversal: 0.46 at a tenth of the training, 0.91 at three tenths."""
+STEEPNESS = 10.0  # of the ramp of the reversal: 0.46 at a tenth of the training, 0.91 at three tenths
 
 
 class _Reverse(torch.autograd.Function):
@@ -55,8 +54,7 @@ class Discriminator(nn.Sequential):
     loss has no gradient left for the student. There is no norm over the batch, in which maps would see each other.
     """
 
-    weight_decay = False
-    """Decay would pull it towards saying nothing; see the trainer."""
+    weight_decay = False  # decay would pull it towards saying nothing; see the trainer
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(

@@ -32,9 +32,9 @@ def bernoulli_divergence(logits: Tensor, target: Tensor) -> Tensor:
     return p * yes + (1 - p) * no
 
 
+# Regression distances of student, teacher and beta, by name.
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l1": lambda student, teacher, _: (student - teacher).abs(),
     "l2": lambda student, teacher, _: (student - teacher).square(),
     "sl1": lambda student, teacher, beta: F.smooth_l1_loss(student, teacher, reduction="none", beta=beta),
 }
-"""Regression distances of student, teacher and beta, by name."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.taps import TapRef
 from distill.adapters import ADAPTERS, Resize
 from distill.distances import ELEMENTWISE
 from distill.masks import MASKS, MaskInput, grid_of
@@ -16,8 +17,8 @@ from distill.terms import TermConfig
 from models.head.targets import CODE_SIZE, TargetEncoder
 from models.ports import Batch, Prediction
 
+# Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss.
 SMALLEST_STD = 0.05
-"""Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss."""
 
 
 def channel_scale(std: Tensor | None, channels: int, tap: str) -> Tensor:
@@ -32,9 +33,9 @@ def channel_scale(std: Tensor | None, channels: int, tap: str) -> Tensor:
     return std.clamp(min=max(float(std.mean()) * SMALLEST_STD, 1e-6)).view(-1, 1, 1)
 
 
-def valid_cells(teacher: Mapping[str, Any], tap: str, maps: Tensor) -> Tensor:
-    """[B, 1, H, W] bool, the cells for which a teacher's map is known: all unless `<tap>.valid` says otherwise."""
-    valid = teacher.get(f"{tap}.valid")
+def valid_cells(teacher: Mapping[str, Any], tap: TapRef, maps: Tensor) -> Tensor:
+    """[B, 1, H, W] bool, the cells for which a teacher's map is known: all unless `tap.valid` says otherwise."""
+    valid = teacher.get(tap.valid)
     return torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
 
 
@@ -101,7 +102,7 @@ class MapTerm(Term):
 
     def _scores(self, teacher: Mapping[str, Any]) -> Tensor | None:
         """What `phi_softmax` weighs by; cells of the head that are not known count as background."""
-        tap = self.config.beside("head")
+        tap = self.config.teacher.beside("head")
         if tap not in self.config.teacher_taps:
             return None
         head = teacher[tap].detach().float()

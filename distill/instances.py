@@ -19,18 +19,14 @@ from models.layers.initialising import initialise
 from models.layers.roi_align import RoIAlign
 from models.ports import Batch, Prediction
 
-WIDTH = 64
-"""Channels of the pyramid and the heads where `adapter.width` is not set."""
-LEVELS = (0.5, 1, 2, 4)
-"""Strides of the pyramid, in strides of the student's map."""
+WIDTH = 64  # channels of the pyramid and the heads where `adapter.width` is not set
+LEVELS = (0.5, 1, 2, 4)  # strides of the pyramid, in strides of the student's map
+# Side of the square anchors, in strides of their level: 12 pixels on the finest level of a map of stride 8.
 ANCHOR = 3.0
-"""Side of the square anchors, in strides of their level: 12 pixels on the finest level of a map of stride 8."""
-SAMPLED = {"rpn": 64, "rcnn": 32}
-"""Anchors and proposals of an image that a step learns from."""
+SAMPLED = {"rpn": 64, "rcnn": 32}  # anchors and proposals of an image that a step learns from
+# mmdet's config of the proposals that the box head learns from.
 PROPOSALS = ConfigDict(nms_pre=64, max_per_img=48, nms={"type": "nms", "iou_threshold": 0.7}, min_bbox_size=0)
-"""mmdet's config of the proposals that the box head learns from."""
-MASK = 28
-"""Cells along the side of a mask."""
+MASK = 28  # cells along the side of a mask
 
 
 class ScoredInstances(Instances, Protocol):

@@ -17,22 +17,19 @@ from models.head.targets import TargetEncoder, flatten_boxes
 from models.layers.processes import divisor
 from models.ports import Batch
 
-CLIP = 20.0
-"""Largest weight that `phi_softmax` gives a cell where `mask.clip` is not set; their mean is 1 before."""
+CLIP = 20.0  # largest weight that `phi_softmax` gives a cell where `mask.clip` is not set; their mean is 1 before
 
 
 class MaskInput(NamedTuple):
     """What a mask may look at."""
 
-    teacher: Tensor
-    """[B, C, H, W], not normalised."""
-    valid: Tensor
-    """[B, 1, H, W] bool, cells for which the teacher's map is known."""
+    teacher: Tensor  # [B, C, H, W], not normalised
+    valid: Tensor  # [B, 1, H, W] bool, cells for which the teacher's map is known
     batch: Batch
     targets: TargetEncoder
     config: MaskConfig
+    # [B, 1, h, w] best score of the teacher's head at each of its cells, for `phi_softmax`.
     scores: Tensor | None = None
-    """[B, 1, h, w] best score of the teacher's head at each of its cells, for `phi_softmax`."""
 
 
 def mean_over(cells: Tensor) -> Tensor:
@@ -112,12 +109,13 @@ def grid_of(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
 
 
+# Masks that a teacher's head maps may have as well, by name.
 PILLARS: dict[str, Callable[[MaskInput], Tensor]] = {
     "phi_softmax": phi_softmax,
     "uniform": uniform,
     "gt_heat": gt_heat,
 }
-"""Masks that a teacher's head maps may have as well, by name."""
+# Masks of dense terms by name.
 MASKS: dict[str, Callable[[MaskInput], Tensor]] = {
     "none": everywhere,
     "occupied": occupied,
@@ -125,4 +123,3 @@ MASKS: dict[str, Callable[[MaskInput], Tensor]] = {
     "gt_gauss": gt_gauss,
     **PILLARS,
 }
-"""Masks of dense terms by name."""

@@ -23,8 +23,7 @@ from models.head.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_
 from models.layers.processes import divisor
 from models.ports import Batch, Prediction
 
-POSITIVE = 0.1
-"""A teacher's score above which a cell counts as positive where no threshold is set."""
+POSITIVE = 0.1  # a teacher's score above which a cell counts as positive where no threshold is set
 
 
 class OutputTerm(Term):

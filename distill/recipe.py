@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from base.taps import TapRef
 from distill.adversarial import AdversarialTerm
 from distill.features import MapTerm, check_tasks
 from distill.output import BoxTerm, HeadTerm
@@ -16,8 +17,8 @@ from distill.terms import TermConfig
 from models.head.targets import TargetEncoder
 from models.ports import Batch, Prediction
 
+# Names of a recipe's values that start so are logged and not minimised; the trainer knows them by it.
 WATCHED: Final = "watch/"
-"""Names of a recipe's values that start so are logged and not minimised; the trainer knows them by it."""
 
 
 class Recipe(nn.Module):
@@ -65,8 +66,8 @@ class Recipe(nn.Module):
         return {tap for term in self.terms.values() for tap in term.student_taps}
 
     @property
-    def teacher_taps(self) -> set[str]:
-        """`<teacher>.<tap>` that the batch must hold."""
+    def teacher_taps(self) -> set[TapRef]:
+        """The taps that the batch must hold."""
         return {tap for term in self.terms.values() for tap in term.config.teacher_taps}
 
     def forward(
@@ -108,7 +109,7 @@ def build_term(
     stride: int | None,
 ) -> Term:
     """The term of a config: by its distance where that has a model of its own, else by the teacher's tap."""
-    tap = config.teacher.partition(".")[2]
+    tap = config.teacher.tap
     if config.distance == "maskrcnn":
         if stride is None:
             raise ValueError("maskrcnn learns in the image: the student has no image neck")
@@ -123,7 +124,7 @@ def build_term(
         return HeadTerm(config, targets, teacher)
     if config.distance in RELATIONS:
         return _known(RELATIONS[config.distance](config, targets), student_channels)
-    if (head := config.beside("head")) in widths:
+    if (head := config.teacher.beside("head")) in widths:
         check_tasks(head, widths[head], targets)
     student, std = _channels(config.student, student_channels, "the student"), statistics.get(config.teacher)
     if config.distance == "bce_adv":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.taps import TapRef
 from distill.adapters import resized
 from distill.features import valid_cells
 from distill.masks import grid_of, mean_over
@@ -24,35 +25,27 @@ from models.layers.grid import Grid
 from models.layers.projection import seen
 from models.ports import Batch, Prediction
 
-EMPTY = 1e-12
-"""Squared length up to which a vector has no direction."""
+EMPTY = 1e-12  # squared length up to which a vector has no direction
+# Points of a pillar, evenly spaced over the grid's height; a camera sees the pillar where it sees one of them.
 HEIGHTS = 4
-"""Points of a pillar, evenly spaced over the grid's height; a camera sees the pillar where it sees one of them."""
-REACH = 1
-"""Cells to either side of a pillar at which its relations to the previous keyframe end: a window of 3 x 3."""
-TEMPERATURE = 0.1
-"""Of the softmax over the cosines in that window."""
-OUTSIDE = -1e4
-"""Logit of a neighbour that is not known: its share is zero."""
+REACH = 1  # cells to either side of a pillar at which its relations to the previous keyframe end: a window of 3 x 3
+TEMPERATURE = 0.1  # of the softmax over the cosines in that window
+OUTSIDE = -1e4  # logit of a neighbour that is not known: its share is zero
 
 
 class Pair(NamedTuple):
     """Maps of student and teacher on the teacher's grid, float32."""
 
-    student: Tensor
-    """[B, C, H, W]."""
-    teacher: Tensor
-    """[B, C', H, W], without gradient."""
-    valid: Tensor
-    """[B, 1, H, W] bool, cells for which the teacher's map is known."""
+    student: Tensor  # [B, C, H, W]
+    teacher: Tensor  # [B, C', H, W], without gradient
+    valid: Tensor  # [B, 1, H, W] bool, cells for which the teacher's map is known
 
 
 class RelationTerm(Term):
     """What the terms of this module share: nothing that is trained, float32 whatever the step's precision."""
 
     mask = "none"
-    tap: str | None = None
-    """The one tap that is compared; None: any dense map."""
+    tap: str | None = None  # the one tap that is compared; None: any dense map
 
     def __init__(self, config: TermConfig, targets: TargetEncoder) -> None:
         super().__init__(config)
@@ -63,7 +56,7 @@ class RelationTerm(Term):
                 f"adapter '{config.adapter.kind}' does not apply to {config.distance}, which needs no "
                 "common width: use id"
             )
-        if self.tap is not None and (config.student, config.teacher) != (self.tap, config.beside(self.tap)):
+        if self.tap is not None and (config.student, config.teacher) != (self.tap, config.teacher.beside(self.tap)):
             raise ValueError(
                 f"{config.distance} does not compare '{config.student}' with '{config.teacher}': use "
                 f"'{self.tap}' of both"
@@ -129,10 +122,10 @@ class TemporalTerm(RelationTerm):
 
     def loss(self, maps: Pair, student: Prediction, teacher: Mapping[str, Any], batch: Batch) -> Tensor:
         """See `RelationTerm`."""
-        before = on_one_grid(student.taps["bev_prev"], teacher, self.config.beside("bev_prev"))
+        before = on_one_grid(student.taps["bev_prev"], teacher, self.config.teacher.beside("bev_prev"))
         if before.teacher.shape != maps.teacher.shape:
             raise ValueError(
-                f"'{self.config.beside('bev_prev')}' is {list(before.teacher.shape)}, "
+                f"'{self.config.teacher.beside('bev_prev')}' is {list(before.teacher.shape)}, "
                 f"'{self.config.teacher}' {list(maps.teacher.shape)}: both keyframes need one grid"
             )
         known = torch.cat(neighbours(before.valid), dim=1)
@@ -172,16 +165,16 @@ class SimilarityTerm(RelationTerm):
         return (ours - theirs).square().mean()
 
 
+# Terms by their distance.
 RELATIONS: dict[str, type[RelationTerm]] = {
     "cos_rel": SpatialTerm,
     "kl_rel": TemporalTerm,
     "attention": AttentionTerm,
     "similarity": SimilarityTerm,
 }
-"""Terms by their distance."""
 
 
-def on_one_grid(ours: Tensor, teacher: Mapping[str, Any], tap: str) -> Pair:
+def on_one_grid(ours: Tensor, teacher: Mapping[str, Any], tap: TapRef) -> Pair:
     """A student's map, brought to the teacher's grid, and the teacher's."""
     theirs = teacher[tap].detach().float()
     return Pair(resized(ours.float(), grid_of(theirs)), theirs, valid_cells(teacher, tap, theirs))

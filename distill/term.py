@@ -16,10 +16,9 @@ from models.ports import Batch, Prediction
 class Outcome(NamedTuple):
     """What a term makes of a batch."""
 
-    loss: Tensor
-    """Scalar, not yet weighted."""
+    loss: Tensor  # scalar, not yet weighted
+    # Scalars by name that are logged and never minimised; the same names every step.
     watched: Mapping[str, Tensor] = MappingProxyType({})
-    """Scalars by name that are logged and never minimised; the same names every step."""
 
 
 class Term(nn.Module, ABC):

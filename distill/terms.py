@@ -1,4 +1,4 @@
-"""What a distillation term is made of: the typed config of an entry of `terms` in params.yaml."""
+"""What a distillation term is made of: the typed config of an entry of `terms`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from base.section import Section
+from base.taps import TapRef
 
 
 class Written(Section):
@@ -20,6 +21,7 @@ class Written(Section):
 class MaskConfig(Written):
     """Where a term looks."""
 
+    # For dense maps a name in `masks.MASKS`; what other terms take is in docs/models.md.
     kind: Literal[
         "none",
         "occupied",
@@ -32,70 +34,46 @@ class MaskConfig(Written):
         "gt_centers",
         "visible_views",
     ] = "none"
-    """For dense maps a name in `masks.MASKS`; what other terms take is in docs/models.md."""
+    # `teacher_conf`: score above which a teacher's box, head cell or instance counts.
     threshold: float = Field(default=0.3, ge=0, le=1)
-    """`teacher_conf`: score above which a teacher's box, head cell or instance counts."""
-    weighted: bool = True
-    """Whether regression from a teacher's boxes or head maps is weighted by the teacher's score."""
+    weighted: bool = True  # whether regression from a teacher's boxes or head maps is weighted by the teacher's score
+    # Largest weight of a cell: of `gt_gauss` (default unbounded), of `phi_softmax` (default `masks.CLIP`).
     clip: float | None = Field(default=None, gt=0)
-    """Largest weight of a cell: of `gt_gauss` (default unbounded), of `phi_softmax` (default `masks.CLIP`)."""
-    temperature: float = Field(default=0.1, gt=0)
-    """`phi_softmax`: of the softmax over the cells' scores."""
+    temperature: float = Field(default=0.1, gt=0)  # `phi_softmax`: of the softmax over the cells' scores
 
 
 class AdapterConfig(Written):
     """How a student's map is brought to the teacher's width; trained with the student, never exported."""
 
+    # For dense maps a name in `adapters.ADAPTERS`; `grl_disc` for `bce_adv`, `mask_rcnn` for `maskrcnn`.
     kind: Literal["id", "conv1x1", "conv3x3bnrelu", "decoder", "resize", "projection", "grl_disc", "mask_rcnn"] = "id"
-    """For dense maps a name in `adapters.ADAPTERS`; `grl_disc` for `bce_adv`, `mask_rcnn` for `maskrcnn`."""
+    # Hidden channels of `decoder` (default the teacher's), of the discriminator or of the instance heads.
     width: int | None = Field(default=None, gt=0)
-    """Hidden channels of `decoder` (default the teacher's), of the discriminator or of the instance heads."""
 
 
 class TermConfig(Written):
     """One distillation loss."""
 
-    student: str
-    """Tap of the student."""
-    teacher: str
-    """`<teacher>.<tap>`."""
+    student: str  # tap of the student
+    teacher: TapRef  # tap of a teacher
     mask: MaskConfig = MaskConfig()
     adapter: AdapterConfig = AdapterConfig()
     distance: Literal[
         "l1", "l2", "sl1", "gfl", "qfl", "kl", "cos_rel", "kl_rel", "attention", "similarity", "bce_adv", "maskrcnn"
     ]
     weight: float = Field(ge=0)
-    start: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of training after which the term counts."""
-    normalise: bool = True
-    """Dense maps: whether both are divided by the teacher's standard deviation per channel."""
-    beta: float = Field(default=1.0, gt=0)
-    """`sl1`: difference below which the distance is quadratic."""
+    start: float = Field(default=0.0, ge=0, le=1)  # fraction of training after which the term counts
+    normalise: bool = True  # dense maps: whether both are divided by the teacher's standard deviation per channel
+    beta: float = Field(default=1.0, gt=0)  # `sl1`: difference below which the distance is quadratic
+    # Regression into the head: factors of the ten codes' differences, inside the distance; default all 1.
     code_weights: tuple[float, ...] | None = Field(default=None, min_length=10, max_length=10)
-    """Regression into the head: factors of the ten codes' differences, inside the distance; default all 1."""
 
     @property
-    def teacher_taps(self) -> frozenset[str]:
-        """`<teacher>.<tap>` that the term reads: its own, and what its distance and its mask look at beside it."""
-        previous = {self.beside("bev_prev")} if self.distance == "kl_rel" else set()
-        head = {self.beside("head")} if self.mask.kind == "phi_softmax" else set()
+    def teacher_taps(self) -> frozenset[TapRef]:
+        """The taps that the term reads: its own, and what its distance and its mask look at beside it."""
+        previous = {self.teacher.beside("bev_prev")} if self.distance == "kl_rel" else set()
+        head = {self.teacher.beside("head")} if self.mask.kind == "phi_softmax" else set()
         return frozenset({self.teacher} | previous | head)
-
-    @property
-    def store(self) -> str:
-        """The entry of `stores` that the term reads."""
-        return self.teacher.partition(".")[0]
-
-    def beside(self, tap: str) -> str:
-        """`<teacher>.<tap>` of another tap of the term's teacher."""
-        return f"{self.store}.{tap}"
-
-    @model_validator(mode="after")
-    def _teacher_tap(self) -> TermConfig:
-        name, dot, tap = self.teacher.partition(".")
-        if not (name and dot and tap):
-            raise ValueError(f"teacher '{self.teacher}' must be <teacher>.<tap>, such as lidar.boxes")
-        return self
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> TermConfig:

@@ -7,13 +7,16 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from base import redaction
 from base.environment import prepare
 from base.errors import PipelineError
+
+if TYPE_CHECKING:
+    from config.graph import Node
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run the study in dvc.yaml."
@@ -54,19 +57,29 @@ def run(
     plan = flow.make_plan(root, targets or [])
     if dry_run:
         print(flow.describe(plan))
+        _print_memory(root, [step.node for step in plan.values() if step.action != "cached"])
         return
     _leave(flow.run(plan, root, max_parallel))
 
 
+def _print_memory(root: Path, nodes: list[Node]) -> None:
+    from config.files import load_params
+    from pipeline import memory
+
+    if text := memory.describe(load_params(root), nodes):
+        print(text)
+
+
 @app.command()
 def check() -> None:
-    """See that params.yaml is right and that all it asks for can be built: models, taps, starts, terms."""
-    from config.params import load_params
+    """See that the parameters are right and that all they ask for can be built: models, taps, starts, terms."""
+    from config.files import load_params
 
-    params = load_params(prepare() / "params.yaml")
+    root = prepare()
+    params = load_params(root)
     from stages.check import check  # late: it brings torch, and what is misspelt is said without
 
-    print(check(params))
+    print(check(params, root))
 
 
 @app.command()
@@ -79,7 +92,7 @@ def stage(name: str, key: Annotated[str | None, typer.Option(help="Which of a gr
 
 @app.command()
 def profile(name: Annotated[str | None, typer.Argument(help="A file in profiles/, without .yaml.")] = None) -> None:
-    """Lay a profile over params.yaml; without a name, list the profiles."""
+    """Lay a profile over the parameters; without a name, list the profiles."""
     from config import profiles
 
     root = prepare()
@@ -87,7 +100,7 @@ def profile(name: Annotated[str | None, typer.Argument(help="A file in profiles/
         print("\n".join(profiles.available(root)))
         return
     profiles.apply_profile(name, root)
-    print(f"params.yaml: profile {name}")
+    print(f"parameters: profile {name}")
 
 
 @app.command()
@@ -95,7 +108,7 @@ def study(
     name: Annotated[str | None, typer.Argument(help="A file in studies/, without .yaml.")] = None,
     profile: Annotated[str | None, typer.Option(help="Instead of the one that the study names.")] = None,
 ) -> None:
-    """Lay a study (docs/studies.md) over params.yaml; without a name, list the studies."""
+    """Lay a study (docs/studies.md) over the parameters; without a name, list the studies."""
     from config import studies
 
     root = prepare()
@@ -103,13 +116,13 @@ def study(
         print("\n".join(f"{name}: {studies.read_study(name, root).about}" for name in studies.available(root)))
         return
     params = studies.apply_study(name, root, profile)
-    print(f"params.yaml: study {name}, profile {params.profile}")
+    print(f"parameters: study {name}, profile {params.profile}")
 
 
 @app.command()
 def worktree(
     path: Annotated[Path | None, typer.Argument(help="A folder that is not there yet, beside this one.")] = None,
-    study: Annotated[str | None, typer.Option(help="Laid over its params.yaml.")] = None,
+    study: Annotated[str | None, typer.Option(help="Laid over its parameters.")] = None,
     profile: Annotated[str | None, typer.Option(help="Instead of the one that the study names.")] = None,
     branch: Annotated[str | None, typer.Option(help="A new branch for it; default: none.")] = None,
 ) -> None:
@@ -136,11 +149,11 @@ def report() -> None:
 @app.command("import-segmenter")
 def import_segmenter(
     file: Annotated[Path, typer.Argument(help="Weights: .safetensors, or a checkpoint of mmdet (.pth).")],
-    name: Annotated[str, typer.Option(help="Of the folder in imported/ and of the entry of params.yaml.")],
+    name: Annotated[str, typer.Option(help="Of the folder in imported/ and of the entry of segmenters.")],
     config: Annotated[Path, typer.Option(help="With model and classes: .yaml, .json, or a .py of mmdet.")],
     trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Read .pth and .py: they can run code.")] = False,
 ) -> None:
-    """Take over an instance segmenter that was trained elsewhere; prints what params.yaml needs."""
+    """Take over an instance segmenter that was trained elsewhere; prints what the parameters need."""
     options = {"file": file.absolute(), "name": name, "config": config.absolute(), "trust_pickle": trust_pickle}
     root = prepare()
     _leave(importlib.import_module("pipeline.commands.import_segmenter").run(root, **options))
@@ -222,15 +235,15 @@ def track_replay() -> None:
 @track.command("study")
 def track_study() -> None:
     """Bring the runs of `study` in MLflow up to date with what is published (docs/tracking.md)."""
-    from config.params import load_params
+    from config.files import load_params
 
     root = prepare()
-    print(importlib.import_module("stages.report").track(root, load_params(root / "params.yaml")))
+    print(importlib.import_module("stages.report").track(root, load_params(root)))
 
 
 @cache.command("plan")
 def cache_plan(
-    stores: Annotated[list[str] | None, typer.Argument(help="Of params.yaml; default: study.stores.")] = None,
+    stores: Annotated[list[str] | None, typer.Argument(help="Of the parameters; default: study.stores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What stores will take in bytes and minutes, here and for nuScenes trainval; fails if a build cannot fit."""
@@ -248,7 +261,7 @@ def cache_verify(
 
 @cache.command("ls")
 def cache_ls(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
-    """List stores and unfinished builds: samples, bytes, and whether they are what params.yaml asks for."""
+    """List stores and unfinished builds: samples, bytes, and whether they are what the parameters ask for."""
     _cache("ls", as_json=as_json)
 
 
@@ -257,7 +270,7 @@ def cache_gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
     stale: Annotated[bool, typer.Option("--stale", help="Stale stores, too.")] = False,
 ) -> None:
-    """Remove what no current parameter needs: builds of other fingerprints, stores that params.yaml does not name."""
+    """Remove what no current parameter needs: builds of other fingerprints, stores that the parameters do not name."""
     _cache("gc", yes=yes, stale=stale)
 
 

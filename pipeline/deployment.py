@@ -47,8 +47,8 @@ def pipeline(
     Args:
         targets: stages (distill@xod-0) or groups (distill); none: everything.
         max_parallel: stages at once; none: one per GPU, without a GPU two.
-        study: laid over params.yaml first; none: params.yaml as it is.
-        profile: laid over params.yaml first, or instead of the one that the study names.
+        study: laid over the parameters first; none: the parameters as they are.
+        profile: laid over the parameters first, or instead of the one that the study names.
     """
     root = prepare()
     with redaction.clean_errors(), flows.alone(root):

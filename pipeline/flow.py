@@ -30,8 +30,8 @@ from base.environment import cores
 from base.errors import PipelineError
 from base.stopping import PREEMPTED
 from config import graph
+from config.files import load_params
 from config.graph import Node
-from config.params import load_params
 from pipeline import launchers, slots
 from pipeline.processes import Children, stop_groups
 
@@ -105,7 +105,7 @@ class Run:
 
 def make_plan(root: Path, targets: Sequence[str]) -> Plan:
     """The targets and all they need (without targets: everything), each with the reasons to run it."""
-    load_params(root / "params.yaml")  # says what is wrong in words, which DVC may not
+    load_params(root)  # says what is wrong in words, which DVC may not
     everything, changed = graph.graph_and_status(root)
     nodes, beside = graph.select(everything, targets), graph.beside(everything)
     plan: Plan = {}
@@ -133,6 +133,8 @@ def run(plan: Plan, root: Path, max_parallel: int | None = None) -> int:
     if all(step.action == "cached" for step in plan.values()):
         print("everything is up to date")
         return 0
+    # Where Prefect starts a server for this flow alone nobody sees its pages, which it unpacks for two seconds of CPU.
+    os.environ.setdefault("PREFECT_SERVER_UI_ENABLED", "false")
     with alone(root), _ends_with_exit():
         from prefect import flow
 
@@ -399,10 +401,10 @@ def _ends_with_exit() -> Iterator[None]:
 @contextmanager
 def _tracked(this: Run) -> Iterator[None]:
     """While inside, a run in MLflow is the parent of the stages' runs."""
-    from config.params import read_yaml
+    from config.files import PARAMS, read_yaml
     from results.tracking.runs import BY_FLOW, LATER, PARENT, MlflowTracker, git_tags, run_link
 
-    params = this.root / "params.yaml"
+    params = this.root / PARAMS
     tags = {
         "kind": "flow",
         "profile": read_yaml(params).get("profile") if params.exists() else None,

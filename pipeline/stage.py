@@ -23,13 +23,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from base.environment import ROOMS, die_with_parent, prepare
 from base.errors import PipelineError
 from base.stopping import GRACE_SECONDS, PREEMPTED
 from config import graph
+from config.files import load_params
 from config.graph import StageSpec
-from config.params import Params, load_params, split_key
+from config.params import Params, split_key
 from pipeline import launchers
 from pipeline.launchers import UNDER, Job
 from results.tracking.runs import PARENT, MlflowTracker, NullTracker, Tracker, git_tags, run_link
@@ -37,6 +39,7 @@ from stages.context import StageContext, StageError, Stop
 
 logger = logging.getLogger(__name__)
 
+STEPS = ("teacher", "fusion", "large")  # stages that train teachers of boxes; they differ in what they start from
 SCRATCH = Path(".scratch")
 LOGS = Path("logs")
 PUBLISHED = "published.json"
@@ -56,7 +59,7 @@ def run_stage(name: str, key: str | None) -> int:
     code, link = 1, None
     try:
         with ExitStack() as stack:
-            params, spec = load_params(root / "params.yaml"), graph.resolve(graph.address(name, key), root)
+            params, spec = load_params(root), graph.resolve(graph.address(name, key), root)
             link = _scratch(root, spec) / LINK
             if outermost:
                 link.unlink(missing_ok=True)
@@ -136,13 +139,19 @@ def _start_tracker(root: Path, params: Params, spec: StageSpec, scratch: Path) -
         json.loads(memory.read_text())["journal"] if memory.exists() and not (scratch / PUBLISHED).exists() else None
     )
     tags = {"dvc.stage": spec.address, "dvc.fingerprint": spec.fingerprint, "key": spec.key, "profile": params.profile}
-    if student := _student(params, spec.key):
+    student = _student(params, spec.key)
+    if student:
         tags["variant"], tags["seed"] = student[0], str(student[1])
     tracker = MlflowTracker(spec.address, root, tags | git_tags(root), os.environ.get(PARENT), resume)
     memory.write_text(json.dumps({"journal": tracker.id}))
     (scratch / PUBLISHED).unlink(missing_ok=True)
-    tracker.log_params(spec.params)
+    tracker.log_params(spec.params | _of_variant(params, student))
     return tracker
+
+
+def _of_variant(params: Params, student: tuple[str, int] | None) -> dict[str, Any]:
+    """A student's variant, which its stage reads out of outputs/needs."""
+    return {f"variants.{student[0]}": params.variants[student[0]].model_dump(mode="json")} if student else {}
 
 
 @contextmanager
@@ -218,9 +227,10 @@ def _alone(path: Path, address: str, patience: float = 0.0) -> Iterator[None]:
 
 
 def _module(name: str) -> ModuleType:
-    """stages/<name>.py; what predicts or evaluates a teacher does so with any detector."""
+    """stages/<name>.py; the steps of a teacher are trained, and detectors predict and are evaluated, in one way."""
     whole, _, kind = name.partition("_")
-    module = f"stages.{whole if kind in ('teacher', 'fusion', 'large') else name}"
+    code = whole if kind in STEPS else "teacher" if name in STEPS else name
+    module = f"stages.{code}"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

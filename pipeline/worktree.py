@@ -1,6 +1,6 @@
 """Worktrees: further checkouts of this repository, each with a study of its own, that share what is expensive.
 
-A worktree has its own params.yaml, dvc.lock, outputs and logs, so a flow in it knows nothing of the flow next door. It
+A worktree has its own parameters, dvc.lock, outputs and logs, so a flow in it knows nothing of the flow next door. It
 shares DVC's cache, whose run cache restores what any of them has computed; the environment; the tracking store, so that
 their studies stand side by side; and data that no stage makes.
 """
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import PipelineError
-from config.params import Params, load_params, read_yaml
+from config.files import FOLDER, PARAMS, load_params, read_texts, read_yaml
+from config.params import Params
 from config.profiles import GROUND, apply_profile, available, lay_over, profile_overlay
 from config.studies import apply_study, read_study
 
-LAID = "params.yaml"  # profiles and studies write it
 MADE = ("dvc.lock", "reports/")  # runs write them; everything else that is not committed is work
 LINKED = (".venv", "imported")  # what setup and a person made, where it is there
 STORE = "mlflow.db"
@@ -32,7 +32,7 @@ class WorktreeError(PipelineError):
 
 @dataclass(frozen=True)
 class Workspace:
-    """A checkout of the repository, and what params.yaml says in it."""
+    """A checkout of the repository, and what its parameters say."""
 
     path: Path
     revision: str
@@ -53,8 +53,8 @@ def make(
     Args:
         path: where it is made; must not be there yet.
         root: this workspace, whose cache, environment and tracking store it shares.
-        study: laid over its params.yaml; None: no study, params.yaml as it was committed.
-        profile: laid over its params.yaml, or instead of the one that the study names.
+        study: laid over its parameters; None: no study, the parameters as they were committed.
+        profile: laid over its parameters, or instead of the one that the study names.
         branch: a new one, made for it; None: it is on no branch.
     """
     path = path.parent.resolve() / path.name
@@ -138,17 +138,18 @@ def _check_committed(root: Path) -> None:
 
 def _is_work(name: str, root: Path) -> bool:
     """Whether a file that is not as committed holds what a person did; links to data are made again."""
-    if name == LAID:
-        return _edited_by_hand(root)
+    if name == PARAMS or name.startswith(f"{FOLDER}/"):
+        return _edited_by_hand(name, root)
     return not name.startswith(MADE) and not (root / name).is_symlink()
 
 
-def _edited_by_hand(root: Path) -> bool:
-    """Whether params.yaml differs from the committed one by more than the profile and study that are laid over it."""
-    texts = [(root / LAID).read_text().removesuffix("\n"), _git(root, "show", f"HEAD:{LAID}")]
+def _edited_by_hand(name: str, root: Path) -> bool:
+    """Whether a file of the parameters differs from the committed one by more than what is laid over it."""
+    committed = _git(root, "ls-tree", "-r", "--name-only", "HEAD", PARAMS, FOLDER).splitlines()
+    here, there = read_texts(root), {file: _git(root, "show", f"HEAD:{file}") + "\n" for file in committed}
     if GROUND in available(root):
-        texts = [lay_over(text, *profile_overlay(GROUND, root)) for text in texts]
-    return texts[0] != texts[1]
+        here, there = (lay_over(texts, *profile_overlay(GROUND, root)) for texts in (here, there))
+    return here.get(name) != there.get(name)
 
 
 def _share(path: Path, root: Path) -> None:
@@ -183,10 +184,10 @@ def _settings(where: Path) -> dict[str, str]:
 
 
 def _lay(path: Path, study: str | None, profile: str | None) -> Params:
-    """Lay what is asked for over the worktree's params.yaml."""
+    """Lay what is asked for over the worktree's parameters."""
     if study:
         return apply_study(study, path, profile)
-    return apply_profile(profile, path) if profile else load_params(path / LAID)
+    return apply_profile(profile, path) if profile else load_params(path)
 
 
 def _link_data(path: Path, root: Path, params: Params) -> None:
@@ -199,7 +200,7 @@ def _link_data(path: Path, root: Path, params: Params) -> None:
             continue
         if ".." in Path(place).parts:
             raise WorktreeError(
-                f"params.yaml: {place} is {(root / place).resolve()}, but from {path} nothing is there: "
+                f"data: {place} is {(root / place).resolve()}, but from {path} nothing is there: "
                 f"make the worktree beside {root}, or give an absolute path"
             )
         (path / place).parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +221,7 @@ def _remove(path: Path, root: Path, branch: str | None) -> None:
 
 
 def _workspace(path: Path, revision: str, branch: str | None) -> Workspace:
-    params = read_yaml(path / LAID)  # unchecked: a list names a workspace whose params.yaml is being edited, too
+    params = read_yaml(path / PARAMS)  # unchecked: a list names a workspace whose parameters are being edited, too
     return Workspace(path, revision, branch, params.get("study", {}).get("name", "own"), params.get("profile", "none"))
 
 

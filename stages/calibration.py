@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from config.params import StoreParams
+from config.sections import StoreParams
 from data.store import Calibration, TapSpec
 from stages.teaching.frozen import KEEP, Frozen, Outputs
-from stages.teaching.identity import encoding
+from stages.teaching.kinds import kind_of, map_kind
 
 
 def tap_specs(teacher: Frozen, store: StoreParams, sample: Outputs) -> dict[str, TapSpec]:
     """Types and shapes of the cached taps, from one sample."""
-    exact = {"boxes": TapSpec.boxes(), "inst2d": TapSpec.instances()}
     return {
-        name: exact.get(name) or TapSpec.dense(sample[name].shape, encoding(tap), teacher.extent(name))
+        name: kind_of(name).spec(sample[name], tap, teacher.extent(name) if map_kind(name) else None)
         for name, tap in store.cached.items()
     }
 

@@ -16,14 +16,13 @@ from config.params import Params
 from data.reading.augment import bev_matrix
 from data.reading.batch import Batch, collate
 from data.reading.boxes import transform_boxes
-from data.reading.dataset import GridConfig
-from data.store import Store
-from models.head.head_maps import task_scores
+from data.reading.config import GridConfig
+from data.store import Store, TapSpec
 from models.head.targets import TargetEncoder
 from stages.calibration import rounded
 from stages.inputs.datasets import grown_grid, plain_dataset
 from stages.teaching.frozen import BATCH, Frozen, FrozenTeacher, View, evenly
-from stages.teaching.serving import serve_head, serve_maps
+from stages.teaching.kinds import Exact, Stored, kind_of, map_kind
 
 # Augmentations whose gap is measured.
 PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -35,7 +34,6 @@ PROBES: Final[Mapping[str, Mapping[str, Any]]] = {
     "scale 0.95": {"scale": 0.95},
     "scale 1.05": {"scale": 1.05},
 }
-EXACT: Final = {"boxes": "float32", "inst2d": "run lengths of masks"}  # how what is kept exactly is kept
 MARGIN: Final = 0.1  # beyond what the strongest of them needs
 
 
@@ -46,7 +44,7 @@ def make_card(
 
     Args:
         name: of the store.
-        params: the whole of params.yaml.
+        params: all parameters.
         store: as it was built.
         errors: by dense tap, see `stages.calibration.errors`.
         gaps: by dense tap, see `measure_gaps`; empty when they are not measured.
@@ -55,7 +53,7 @@ def make_card(
     taps: dict[str, Any] = {}
     for tap, spec in store.taps.items():
         stored = store.bytes(tap)
-        taps[tap] = {"serve": settings.taps[tap].serve, "encoding": str(spec.encoding or EXACT[tap])}
+        taps[tap] = {"serve": settings.taps[tap].serve, "encoding": _kept(tap, spec)}
         taps[tap] |= {"bytes": stored, "bytes_per_sample": rounded(stored / samples)}
         if not spec.ragged:
             height, width, _ = spec.map_shape
@@ -74,7 +72,7 @@ def measure_gaps(root: Path, params: Params, teacher: Frozen, store: Store) -> d
 
     Args:
         root: of the project.
-        params: the whole of params.yaml; `store.gap_samples` says how many samples.
+        params: all parameters; `store.gap_samples` says how many samples.
         teacher: that the store was made with.
         store: as it was built.
     """
@@ -130,6 +128,12 @@ def metrics(card: Mapping[str, Any]) -> dict[str, float]:
     return dict(_numbers("store", card["taps"]))
 
 
+def _kept(tap: str, spec: TapSpec) -> str:
+    """How a store keeps a tap."""
+    kind = kind_of(tap)
+    return kind.kept if isinstance(kind, Exact) else str(spec.encoding)
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2g} %"
 
@@ -163,13 +167,10 @@ def _difference(
     maps = torch.from_numpy(np.stack([sample[tap] for sample in samples]))
     masks = [sample[f"{tap}.present"] for sample in samples if f"{tap}.present" in sample]
     present = torch.from_numpy(np.stack(masks)) if masks else None
-    matrices, calibration = matrix.expand(len(tokens), 4, 4), store.calibration(tap)
-    extent = spec.extent or targets.grid.range
-    if tap == "head":
-        served, weight = serve_head(maps, calibration, extent, matrices, targets)
-        weight = weight * task_scores(expected, targets)
-    else:
-        served, weight = serve_maps(maps, present, calibration, extent, matrices, targets.grid.range)
+    kind, stored = map_kind(tap), Stored(tap, maps, present, store.calibration(tap), spec.extent or targets.grid.range)
+    assert kind is not None
+    served, valid = kind.served(stored, matrix.expand(len(tokens), 4, 4), targets.grid.range, targets)
+    weight = valid * kind.weight(expected, targets)
     error = ((served - expected).abs() * weight).double().sum()
     return np.array([float(error), float((expected.abs() * weight).double().sum())])
 

@@ -1,4 +1,4 @@
-"""Stage `check`: whether all that params.yaml asks for can be built, before anything trains for it.
+"""Stage `check`: whether all that the parameters ask for can be built, before anything trains for it.
 
 The models of the study are built on torch's device `meta`, where weights have shapes and no memory; their taps, starts
 and the terms of the variants are compared as training would. Its outs never change, so that a value that is fine makes
@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -20,17 +21,19 @@ from mmengine.registry import Registry
 from torch import nn
 
 from base.errors import PipelineError
-from config.params import Params, StudentParams, suggest
+from base.taps import TapRef
+from config.files import located, read_texts
+from config.params import Params
+from config.sections import StudentParams
+from config.wording import suggest
 from distill.recipe import Recipe
 from models.detectors.build import make_detector
 from models.detectors.detector import Detector
 from models.layers.registry import MODELS
 from stages.context import StageContext, StageError
 from stages.featured import AFTER, BEFORE, LIDAR, fusion_teacher
-from stages.fusion import CAMERA_MODULES
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
 from stages.inputs.weights import check_fit, fitting, without_checkpoints
-from stages.large import modules_of
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -40,33 +43,34 @@ SERVED: Final = ("boxes", "head")  # taps that every detector has, beside those 
 
 def run(context: StageContext) -> None:
     """Publish outs that never change, if nothing is wrong."""
-    logger.info("%s", check(context.params))
+    logger.info("%s", check(context.params, context.root))
     for number, out in enumerate(context.spec.outs):
         made = context.scratch / f"checked-{number}"
-        made.write_text("what params.yaml asks for can be built\n")
+        made.write_text("what the parameters ask for can be built\n")
         context.publish(made, out)
 
 
-def check(params: Params) -> str:
+def check(params: Params, root: Path) -> str:
     """See that the study can be built; says what was looked at.
 
     Raises:
-        StageError: it cannot; one line for everything that is wrong: key, value, what is allowed.
+        StageError: it cannot; one line for everything that is wrong: file, key, value, what is allowed.
     """
     checks = Checks(params)
     if problems := list(dict.fromkeys(checks.problems())):
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise StageError(f"params.yaml asks for what cannot be built:\n{listed}")
+        listed = "\n".join(f"  {problem}" for problem in located(problems, read_texts(root)))
+        raise StageError(f"the parameters ask for what cannot be built:\n{listed}")
     variants = len(params.study.variants)
-    return f"params.yaml: {len(checks.models)} models and the terms of {variants} variants can be built"
+    return f"the parameters: {len(checks.models)} models and the terms of {variants} variants can be built"
 
 
 class Checks:
     """What is wrong with the models, taps, starts and terms of a study."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, models: dict[str, nn.Module | str] | None = None) -> None:
+        """Take the parameters, and models that were built before: config as JSON -> the model, or why there is none."""
         self.params = params
-        self.models: dict[str, nn.Module | str] = {}  # config as JSON -> the model, or why there is none
+        self.models = {} if models is None else models
 
     def problems(self) -> Iterator[str]:
         """A line for each; the same may come twice."""
@@ -74,9 +78,9 @@ class Checks:
         for name in study.detectors:
             teacher = self.params.teachers[name]
             yield from self._of_model(f"teachers.{name}", teacher.model, teacher.train)
+            yield from self._of_second_step(name)
         for name in study.segmenters:
             yield from self._of_segmenter(name)
-        yield from self._of_second_steps()
         for name in dict.fromkeys([*study.stores, *self._online()]):
             yield from self._of_store(name)
         for name in study.variants:
@@ -87,7 +91,7 @@ class Checks:
     def _online(self) -> list[str]:
         """Stores that variants read and that are not in study.stores."""
         terms = [term for name in self.params.study.variants for term in self.params.variants[name].terms.values()]
-        return [term.store for term in terms]
+        return [term.teacher.store for term in terms]
 
     def _built(self, config: Mapping[str, Any], make: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module | str:
         """The model of a config without its weights, each config once; in words, why there is none."""
@@ -139,17 +143,13 @@ class Checks:
         except StageError as error:
             yield f"segmenters.{name}: {error}"
 
-    def _of_second_steps(self) -> Iterator[str]:
-        """Fusion and large camera teachers take modules of their parts."""
-        study = self.params.study
-        steps = [("fusions", name, study.parts.camera, "camera") for name in study.fusions]
-        steps += [("fusions", name, study.parts.lidar, "lidar") for name in study.fusions]
-        steps += [("large", name, study.parts.camera, "camera") for name in study.large]
-        for kind, name, part, sensor in steps:
-            if (own := self._teacher(name)) is None:
-                continue
-            modules = None if sensor == "lidar" else CAMERA_MODULES if kind == "fusions" else modules_of(own)
-            yield from self._fits(f"study.{kind}: {name!r} from study.parts.{sensor}", own, part, modules)
+    def _of_second_step(self, name: str) -> Iterator[str]:
+        """A teacher that is trained in a second step takes modules of its parts."""
+        parts, own = self.params.study.parts(name), self._teacher(name)
+        for start in self.params.teachers[name].parts:
+            if own is not None and start.part in parts:
+                part = parts[start.part]
+                yield from self._fits(f"teachers.{name}.start", own, part, start.only, resample=start.resample)
 
     def _fits(
         self, where: str, own: Detector, teacher: str, only: Collection[str] | None, *, resample: bool = False
@@ -178,8 +178,6 @@ class Checks:
         variant, settings = self.params.variants[name], self.params.student(name)
         whose = f"variants.{name}" if variant.model or variant.train else f"students.{variant.student}"
         yield from self._of_model(whose, settings.model, settings.train)
-        if not variant.truth and all(term.student != "head" for term in variant.terms.values()):
-            yield f"variants.{name}.truth: false, and its head needs a term to learn from"
         if (student := self._detector(settings.model)) is not None:
             yield from self._of_starts(name, student, settings)
             yield from self._of_terms(name, student)
@@ -202,9 +200,9 @@ class Checks:
     def _of_terms(self, name: str, student: Detector) -> Iterator[str]:
         """Whether each term can compare the student with its teacher."""
         for term, config in self.params.variants[name].terms.items():
-            teacher = self._teacher(self.params.stores[config.store].teacher)
-            channels = {} if teacher is None else {
-                f"{config.store}.{tap}": width for tap, width in widths(teacher).items()
+            teacher = self._teacher(self.params.stores[config.teacher.store].teacher)
+            channels: dict[str, int] = {} if teacher is None else {
+                TapRef.of(config.teacher.store, tap): width for tap, width in widths(teacher).items()
             }  # fmt: skip
             try:
                 Recipe({term: config}, student.targets, student.tap_channels, channels,

@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from base.environment import sync_file_system
 from base.errors import PipelineError
@@ -17,9 +18,13 @@ from base.stopping import GRACE_SECONDS, PREEMPTED
 from config.graph import StageSpec
 from config.params import Params
 from results.tracking.runs import Tracker
+from training.run import Run
 
 if TYPE_CHECKING:
     import torch
+
+
+Entry = TypeVar("Entry")
 
 
 class StageError(PipelineError):
@@ -58,7 +63,7 @@ class StageContext:
 
     name: str  # distill
     key: str | None  # baseline-0
-    params: Params  # all of params.yaml; a stage reads only what dvc.yaml lists for it
+    params: Params  # all parameters; a stage reads only what dvc.yaml lists for it
     spec: StageSpec
     root: Path
     scratch: Path  # resumable state; empty unless the stage was interrupted with the same fingerprint
@@ -78,6 +83,33 @@ class StageContext:
             if torch.cuda.is_available()
             else torch.device("cpu")
         )
+
+    @property
+    def item(self) -> str:
+        """The key; raises StageError where the stage was started without one."""
+        if self.key is None:
+            raise StageError(f"stage {self.name} needs --key")
+        return self.key
+
+    def entry(self, kind: str, entries: Mapping[str, Entry], name: str | None = None) -> Entry:
+        """What the parameters say of the stage's key.
+
+        Args:
+            kind: what the entries are, for the message.
+            entries: a section of the parameters.
+            name: of the entry where it is not the key.
+
+        Raises:
+            StageError: there is no such entry; names those that are there.
+        """
+        name = self.item if name is None else name
+        if name not in entries:
+            raise StageError(f"{kind} {name!r}: the parameters have {', '.join(entries)}")
+        return entries[name]
+
+    def training(self, seed: int) -> Run:
+        """What a training here is given: it keeps its state in scratch, and stops when the stage is asked to."""
+        return Run(seed, self.scratch, self.tracker, self.stop.is_set, self.spec.address)
 
     def publish(self, made: Path, out: str | Path) -> None:
         """Rename what was made (a file or a whole folder) to one of the stage's outs; ranks other than 0 return."""

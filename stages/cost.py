@@ -1,4 +1,4 @@
-"""Stage `cost`: what the models of the study cost at inference, at the sizes of params.yaml.
+"""Stage `cost`: what the models of the study cost at inference, at the sizes of the parameters.
 
 It needs neither data nor weights. The input is made up and a model's numbers hang on its config alone, so equal configs
 are measured once. What hangs on time differs from run to run: nothing but the report reads it.
@@ -34,11 +34,11 @@ from stages.synthetic import random_samples
 
 logger = logging.getLogger(__name__)
 
+# By type of device; all but float32 by autocast.
 PRECISIONS: Final[Mapping[str, Sequence[torch.dtype]]] = {
     "cpu": (torch.float32,),
     "cuda": (torch.float32, torch.float16),
 }
-"""By type of device; all but float32 by autocast."""
 
 
 class Turns(NamedTuple):
@@ -48,8 +48,7 @@ class Turns(NamedTuple):
     repeats: int
 
 
-TURNS: Final = {1: Turns(3, 15), 8: Turns(1, 3)}
-"""By size of the batch."""
+TURNS: Final = {1: Turns(3, 15), 8: Turns(1, 3)}  # by size of the batch
 
 
 class Speed(NamedTuple):
@@ -58,24 +57,18 @@ class Speed(NamedTuple):
     Decoding of boxes is left out: how long that takes depends on what was learned.
     """
 
-    latency_ms: float
-    """Median at batch 1."""
-    throughput_1: float
-    """Samples per second at batch 1, one pass after the other."""
-    throughput_8: float
-    """At batch 8."""
-    peak_memory: int
-    """See `peak_memory`; at batch 1."""
+    latency_ms: float  # median at batch 1
+    throughput_1: float  # samples per second at batch 1, one pass after the other
+    throughput_8: float  # at batch 8
+    peak_memory: int  # see `peak_memory`; at batch 1
 
 
 class Cost(NamedTuple):
     """Of a detector on a sample: six cameras, and what else it reads."""
 
     parameters: int
-    multiply_adds: int
-    """See `MultiplyAdds`."""
-    speeds: dict[str, Speed]
-    """By precision."""
+    multiply_adds: int  # see `MultiplyAdds`
+    speeds: dict[str, Speed]  # by precision
 
     def numbers(self) -> dict[str, float]:
         """All of them by name; what was not measured in float32 has its precision behind its name."""

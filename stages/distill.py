@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from config.params import BevParams, ImportParams, StudentParams, split_key
+from config.params import split_key
 from data.reading.batch import collate
+from data.reading.config import BevConfig
 from data.reading.dataset import NuScenesDataset
 from data.store import Store
 from distill.recipe import Recipe
@@ -21,15 +22,14 @@ from models.detectors.detector import Detector
 from models.head.targets import TargetEncoder
 from stages.context import StageContext, StageError
 from stages.inputs.datasets import plain_dataset, training_dataset
-from stages.inputs.weights import load_detector, save_detector, start_from, start_in_part
+from stages.inputs.weights import load_detector, save_detector, start_as_set
 from stages.teaching.frozen import evenly
 from stages.teaching.identity import store_identity
 from stages.teaching.sources import OnlineTeacher, Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
-from stages.training import train_stage
 from training.config import TrainConfig
 from training.seeding import MODEL, RECIPE, seed_everything
-from training.trainer import WATCHED
+from training.trainer import WATCHED, train
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +67,21 @@ def _curve(name: str) -> str:
 
 def run(context: StageContext) -> None:
     """Train and publish one variant with one seed."""
-    variant, seed = split_key(context.key or "")
-    if variant not in context.params.variants:
-        raise StageError(f"variant {variant!r}: params.yaml has {', '.join(context.params.variants)}")
-    settings, truth = context.params.student(variant), context.params.variants[variant].truth
-    terms = context.params.variants[variant].terms
-    if not truth and all(term.student != "head" for term in terms.values()):
-        raise StageError(f"variant {variant!r}: with truth false its head needs a term to learn from")
+    variant, seed = split_key(context.item)
+    chosen = context.entry("variant", context.params.variants, variant)
+    settings, terms = context.params.student(variant), chosen.terms
     # The student comes first and from its own seed: all variants of a seed start from the same weights.
     seed_everything(MODEL, seed)
     student = build_detector(settings.model)
-    start_as_set(context, student, settings)
+    start_as_set(student, settings.start, context.root)
     sources = open_sources(context, terms, student.targets)
     statistics = tap_statistics(context, sources)
     seed_everything(RECIPE, seed)
-    task = Distillation(student, make_recipe(student, terms, statistics), sources, truth)
+    task = Distillation(student, make_recipe(student, terms, statistics), sources, chosen.truth)
     samples = samples_of(context, student, sources, seed, settings.bev)
     dataset, collate_batch = taught(samples, task.recipe, sources)
-    weights = train_stage(context, task, dataset, collate_batch, of_student(settings.train), seed, samples.classes)
+    config = of_student(settings.train)
+    weights = train(task, dataset, collate_batch, config, context.training(seed), samples.classes)
     if context.rank == 0:
         exported = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
         save_detector(context.scratch / "model", settings.model, exported)
@@ -97,18 +94,6 @@ def of_student(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"lr_factors": factors})
 
 
-def start_as_set(context: StageContext, student: Detector, settings: StudentParams) -> None:
-    """Give a student the weights that it starts from, if it has any."""
-    for start in settings.starts:
-        folder = context.root / f"outputs/teachers/{start.teacher}"
-        if start.only is None:
-            start_from(student, folder, None)
-        else:
-            start_in_part(student, folder, start.only, resample=start.resample)
-    if isinstance(settings.start, ImportParams):
-        start_from(student, context.root / settings.start.folder, settings.start.checksum)
-
-
 def open_sources(
     context: StageContext, terms: Mapping[str, TermConfig], targets: TargetEncoder | None = None
 ) -> Sources:
@@ -119,8 +104,7 @@ def open_sources(
     asked: dict[str, set[str]] = {}
     for term in terms.values():
         for source in term.teacher_taps:
-            name, _, tap = source.partition(".")
-            asked.setdefault(name, set()).add(tap)
+            asked.setdefault(source.store, set()).add(source.tap)
     stores: dict[str, Store] = {}
     online: dict[str, OnlineTeacher] = {}
     for name, taps in asked.items():
@@ -187,7 +171,7 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: 
 
 
 def samples_of(
-    context: StageContext, student: Detector, sources: Sources, seed: int, bev: BevParams | None = None
+    context: StageContext, student: Detector, sources: Sources, seed: int, bev: BevConfig | None = None
 ) -> NuScenesDataset:
     """The student's training data, with what online teachers read of the same samples; `bev` instead of input.bev."""
     params = context.params

@@ -10,28 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from config.params import InstancesParams
 from data.drawing import pictures
 from data.reading.coco_json import RESULTS, InstanceArrays
 from data.scoring.coco_metrics import InstanceTruth
 from data.scoring.submission import MODEL
 from stages import predictions
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> None:
     """Score one entry of `segmenters`, publish its pictures and metrics."""
-    if context.key not in context.params.segmenters:
-        raise StageError(f"segmenter {context.key!r}: params.yaml has {', '.join(context.params.segmenters)}")
-    instances = context.params.data.instances
-    if instances is None:
-        raise StageError("data.instances: missing, and evaluating a segmenter needs its images")
-    _run(context, context.key, instances)
-
-
-def _run(context: StageContext, key: str, instances: InstancesParams) -> None:
+    context.entry("segmenter", context.params.segmenters)
+    key, instances = context.item, context.params.instances
     folder = context.scratch / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     truth = InstanceTruth(context.root / instances.val)

@@ -51,13 +51,10 @@ UNSEEN: Final = 8  # samples that the calibration has not seen, on which its err
 
 def run(context: StageContext) -> None:
     """Extract one entry of `stores`."""
-    stores = context.params.stores
-    if context.key not in stores:
-        raise StageError(f"store {context.key!r}: params.yaml has {', '.join(stores)}")
-    if not stores[context.key].cached:
+    if not context.entry("store", context.params.stores).cached:
         raise StageError(f"store {context.key!r}: all its taps are online, there is nothing to extract")
     with _together(context) as wait:
-        Extraction(context, context.key).run(wait)
+        Extraction(context, context.item).run(wait)
 
 
 @dataclass(frozen=True)

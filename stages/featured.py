@@ -18,11 +18,11 @@ def fusion_teacher(params: Params, variant: str) -> str:
     Raises:
         StageError: there is none, or there are several.
     """
-    stores = {term.store for term in params.variants[variant].terms.values()}
+    stores = {term.teacher.store for term in params.variants[variant].terms.values()}
     teachers = sorted({params.stores[store].teacher for store in stores} & set(params.study.fusions))
     if len(teachers) != 1:
         raise StageError(
             f"study.featured: the terms of variant {variant!r} read {', '.join(teachers) or 'none'} of the fusion "
-            f"teachers in study.fusions {params.study.fusions}: features are compared with exactly one"
+            f"teachers in study.fusions {[*params.study.fusions]}: features are compared with exactly one"
         )
     return teachers[0]

@@ -48,9 +48,8 @@ class Keyframe:
 
 def run(context: StageContext) -> None:
     """Draw and compare the features of one variant with one seed."""
-    variant, seed = split_key(context.key or "")
-    if variant not in context.params.variants:
-        raise StageError(f"variant {variant!r}: params.yaml has {', '.join(context.params.variants)}")
+    variant, seed = split_key(context.item)
+    context.entry("variant", context.params.variants, variant)
     name = fusion_teacher(context.params, variant)
     student = _load(context.root / f"outputs/students/{context.key}", (BEFORE, AFTER))
     teacher = _load(context.root / f"outputs/teachers/{name}", (LIDAR,))

@@ -6,18 +6,15 @@ import logging
 import os
 
 from base.progress import ProgressBar
-from data.city import CityConfig, generate, plan_scenes
-from stages.context import StageContext, StageError
+from data.city.generate import generate, plan_scenes
+from stages.context import StageContext
 
 logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> None:
-    """Generate the city of params.yaml on all cores, scene by scene, and publish it."""
-    try:
-        config = CityConfig(**context.params.city.model_dump())
-    except (TypeError, ValueError) as error:
-        raise StageError(str(error)) from error
+    """Generate the city of the parameters on all cores, scene by scene, and publish it."""
+    config = context.params.city
     made, total = context.scratch / "city", len(plan_scenes(config, context.params.data.version))
     if not made.exists():  # killed between the last rename and the publication
         with ProgressBar("scenes", total) as bar:

@@ -12,14 +12,13 @@ def starts(params: Params) -> set[str]:
     """The teachers from which students or other teachers of the study start, and from which no store is made."""
     study = params.study
     begun = {start.teacher for name in study.variants for start in params.student(name).starts}
-    parts = set(study.parts.model_dump().values()) if study.fusions else set()
-    camera = {study.parts.camera} if study.large else set()
-    return (begun | parts | camera) - {params.stores[name].teacher for name in study.stores}
+    parts = {part for name in study.detectors for part in study.parts(name).values()}
+    return (begun | parts) - {params.stores[name].teacher for name in study.stores}
 
 
 def teachers_of(params: Params, variant: str) -> set[str]:
     """The teachers that a variant's terms read, and those that its student inherits weights from."""
-    stores = [term.store for term in params.variants[variant].terms.values()]
+    stores = [term.teacher.store for term in params.variants[variant].terms.values()]
     inherited = [start.teacher for start in params.student(variant).starts if start.resample]
     return {*(params.stores[name].teacher for name in stores), *inherited}
 
@@ -39,7 +38,7 @@ def results(params: Params, root: Path) -> Study:
         rows,
         study.seeds,
         starts(params),
-        study.fusions,
-        study.large,
+        [*study.fusions],
+        [*study.large],
         study.baselines,
     )

@@ -1,8 +1,8 @@
 """Stage `needs`: what the students of a variant are trained on, as values and hashes in a small file.
 
-DVC cannot look up which teachers a variant reads, only depend on outputs/teachers and outputs/stores whole, where every
-study has others. So students depend on this file instead: it is made again whenever something changes there, and is the
-same again unless they read it.
+DVC cannot look up which terms a variant names and which teachers they read, only depend on params/arms,
+outputs/teachers and outputs/stores whole, where every study has others. So students depend on this file instead: it is
+made again whenever something changes there, and is the same again unless they read it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ def run(context: StageContext) -> None:
 
 
 def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
-    """The student, the stores that its terms read, and hashes of the weights and stores behind them.
+    """The student, its terms, the stores that they read, and hashes of the weights and stores behind them.
 
     Raises:
         MissingFileError: naming a teacher whose weights are not there.
     """
-    student = params.student(variant)
-    names = sorted({term.store for term in params.variants[variant].terms.values()})
+    student, terms = params.student(variant), params.variants[variant].terms
+    names = sorted({term.teacher.store for term in terms.values()})
     stores = {name: params.stores[name] for name in names}
     teachers = {store.teacher for store in stores.values()} | {start.teacher for start in student.starts}
     manifests = [f"outputs/stores/{name}/manifest.json" for name in names]  # with a checksum of every shard
     files = [f"outputs/teachers/{name}" for name in teachers] + [path for path in manifests if (root / path).exists()]
     return {
         "student": student.model_dump(mode="json"),
+        "terms": [
+            [name, term.model_dump(mode="json")] for name, term in terms.items()
+        ],  # their draws follow their order
+        "truth": params.variants[variant].truth,
         "stores": {name: store.model_dump(mode="json") for name, store in stores.items()},
         "calibration_samples": params.store.calibration_samples,
         "files": {path: hash_files(root, [path]) for path in sorted(files)},

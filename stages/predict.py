@@ -27,7 +27,7 @@ from data.scoring.submission import (
     write_submission,
 )
 from models.detectors.detector import Detector
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector
 
@@ -53,13 +53,11 @@ class Subject:
 
 def run(context: StageContext) -> None:
     """Run the model over the split, publish its boxes."""
-    _run(context, subject(context.name, context.key))
+    _run(context, subject(context.name, context.item))
 
 
-def subject(stage: str, key: str | None) -> Subject:
+def subject(stage: str, key: str) -> Subject:
     """The stage's key taken apart; variants may have hyphens in their names."""
-    if key is None:
-        raise StageError(f"stage {stage} needs --key")
     if stage != "predict":
         return Subject("teacher", key, key, None)
     return Subject("student", key, *split_key(key))

@@ -11,14 +11,13 @@ from torch.utils.data import DataLoader
 
 from base.environment import cores
 from base.progress import ProgressBar
-from config.params import InstancesParams
-from data.reading.augment import ImageConfig
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances, ImageBatch, collate_images
 from data.reading.coco_json import RESULTS, InstanceArrays, as_results
+from data.reading.config import ImageConfig
 from data.reading.instances import ImageInstances, StoredInstances, in_image
 from data.scoring.submission import MODEL
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 from stages.inputs.segmenters import InstanceFinder
 
 logger = logging.getLogger(__name__)
@@ -26,15 +25,8 @@ logger = logging.getLogger(__name__)
 
 def run(context: StageContext) -> None:
     """Run one entry of `segmenters` over the images, publish its instances in COCO's form of results."""
-    if context.key not in context.params.segmenters:
-        raise StageError(f"segmenter {context.key!r}: params.yaml has {', '.join(context.params.segmenters)}")
-    instances = context.params.data.instances
-    if instances is None:
-        raise StageError("data.instances: missing, and evaluating a segmenter needs its images")
-    _run(context, context.key, instances)
-
-
-def _run(context: StageContext, key: str, instances: InstancesParams) -> None:
+    context.entry("segmenter", context.params.segmenters)
+    key, instances = context.item, context.params.instances
     folder = context.scratch / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     finder = InstanceFinder.load(context.root / f"outputs/teachers/{key}", context.device)

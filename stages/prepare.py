@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> None:
-    """Build the index of the splits in params.yaml and publish it."""
+    """Build the index of the splits in the parameters and publish it."""
     data, made = context.params.data, context.scratch / "index"
     summary = build_index(
         context.root / data.dataroot,

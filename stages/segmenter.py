@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from config.params import SegmenterParams
-from data.reading.augment import ImageConfig
+from config.sections import SegmenterParams
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances, collate_images
+from data.reading.config import ImageConfig
 from models.detectors.segmenter import Segmenter
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
 from stages.inputs.weights import save_detector, start_from
-from stages.training import train_stage
 from training.seeding import MODEL, seed_everything
+from training.trainer import train
 
 
 class Supervised:
@@ -31,9 +31,7 @@ class Supervised:
 
 def run(context: StageContext) -> None:
     """Publish one entry of `segmenters`."""
-    if context.key not in context.params.segmenters:
-        raise StageError(f"segmenter {context.key!r}: params.yaml has {', '.join(context.params.segmenters)}")
-    settings = context.params.segmenters[context.key]
+    settings = context.entry("segmenter", context.params.segmenters)
     seed_everything(MODEL, context.seed)
     segmenter = make_segmenter(segmenter_config(settings))
     if settings.start:
@@ -50,9 +48,7 @@ def training_images(context: StageContext, settings: SegmenterParams) -> CocoIns
     Raises:
         CocoError: the file is missing or no such JSON.
     """
-    instances, image = context.params.data.instances, context.params.input.image
-    if instances is None:
-        raise StageError("data.instances: missing, and training a segmenter needs its images")
+    instances, image = context.params.instances, context.params.input.image
     names = detection_names(list(settings.classes or CLASSES), settings.class_map)
     config = ImageConfig(**image.model_dump() | {"size": settings.image})
     root = context.root / instances.root
@@ -63,4 +59,4 @@ def trained(context: StageContext, settings: SegmenterParams, segmenter: Segment
     """Weights after the training on `data.instances.train`."""
     assert settings.train is not None
     images = training_images(context, settings)
-    return train_stage(context, Supervised(segmenter), images, collate_images, settings.train, context.seed)
+    return train(Supervised(segmenter), images, collate_images, settings.train, context.training(context.seed))

@@ -1,8 +1,10 @@
-"""Stage `teacher`: train a teacher on the truth, publish its averaged weights."""
+"""Stages `teacher`, `fusion` and `large`: train a teacher on the truth, publish its averaged weights.
+
+The last two are second steps, which start from weights of other teachers: their parts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +12,11 @@ from torch import Tensor
 from data.reading.batch import collate
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from stages.context import StageContext, StageError
+from stages.context import StageContext
 from stages.inputs.datasets import training_dataset
-from stages.inputs.weights import save_detector
-from stages.training import train_stage
+from stages.inputs.weights import save_detector, start_as_set
 from training.seeding import MODEL, seed_everything
+from training.trainer import train
 
 
 class Supervised:
@@ -30,21 +32,15 @@ class Supervised:
 
 def run(context: StageContext) -> None:
     """Train and publish one entry of `teachers`."""
-    train_teacher(context, lambda detector: None)
-
-
-def train_teacher(context: StageContext, start: Callable[[Detector], None]) -> None:
-    """Train and publish one entry of `teachers`, whose new detector `start` is given first."""
-    if context.key not in context.params.teachers:
-        raise StageError(f"teacher {context.key!r}: params.yaml has {', '.join(context.params.teachers)}")
-    teacher = context.params.teachers[context.key]
-    split = teacher.split or context.params.data.splits.train
+    params, key = context.params, context.item
+    teacher = context.entry("teacher", params.teachers)
     seed_everything(MODEL, context.seed)
     detector = build_detector(teacher.model)
-    start(detector)
-    dataset = training_dataset(context.root, context.params, detector, context.seed, split)
+    start_as_set(detector, teacher.start, context.root, params.study.parts(key))
+    split = teacher.split or params.data.splits.train
+    dataset = training_dataset(context.root, params, detector, context.seed, split)
     task = Supervised(detector)
-    weights = train_stage(context, task, dataset, collate, teacher.train, context.seed, dataset.classes)
+    weights = train(task, dataset, collate, teacher.train, context.training(context.seed), dataset.classes)
     if context.rank == 0:
         save_detector(context.scratch / "model", teacher.model, weights)
-    context.publish(context.scratch / "model", f"outputs/teachers/{context.key}")
+    context.publish(context.scratch / "model", f"outputs/teachers/{key}")

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """See that pytest-xdist knows the groups: with some versions of pytest it does not, and makes every fixture twice."""
+    """See that pytest-xdist knows the groups: with other versions of pytest it may not, and makes fixtures twice."""
     if getattr(session.config.option, "loadgroup", False):
         loose = [item.nodeid for item in session.items if "@" not in item.nodeid]
         if loose:

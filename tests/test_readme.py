@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
-import yaml
 
 from config import graph, profiles, studies
-from config.params import Params, merge
+from config.files import parse, read_texts
+from config.profiles import lay_over
 from tests.readme import NOT_RUN, ROOT, TEXT, commands, runnable
 
 
 @pytest.fixture(scope="module")
 def demo() -> dict[str, graph.Node]:
-    """The DAG of params.yaml as it is in git: profile demo."""
+    """The DAG of the parameters as they are in git: profile demo."""
     return graph.graph(ROOT)
 
 
@@ -52,9 +51,7 @@ def test_the_example_of_a_variant_is_valid() -> None:
     example = re.search(r"```yaml\nvariants:\n(.*?)(study:\n.*?)```", TEXT, re.DOTALL)
     assert example
     variant, study = example.groups()
-    text = (ROOT / "params.yaml").read_text()
-    assert text.count("\nvariants:\n") == 1
-    changed: dict[str, Any] = yaml.safe_load(text.replace("\nvariants:\n", f"\nvariants:\n{variant}"))
-    params = Params.model_validate(merge(changed, yaml.safe_load(study)))
+    texts = read_texts(ROOT) | {"params/arms/own.yaml": f"variants:\n{variant}"}
+    params = parse(lay_over(texts, study, "README"))
     assert params.variants["xod-strong"].terms["xod_cls"].weight == 2.0
     assert params.study.variants == ["baseline", "xod-strong"]

@@ -6,19 +6,31 @@ from dvc.yaml alone.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from base.environment import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES: dict[str, dict[str, list[str]]] = {
-    name: entry.get("do", entry) for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
-}
+
+
+def body(entry: dict[str, Any]) -> dict[str, Any]:
+    """A stage for one item: the key of a second step says of which kind it is, and its parts are teachers."""
+    for kind in ("fusion", "large"):
+        if str(entry.get("foreach", "")).startswith(f"${{study.{kind}"):
+            text = json.dumps(entry["do"]).replace("${key}", f"${{item.{kind}}}")
+            found: dict[str, Any] = json.loads(re.sub(r"\$\{item\.(lidar|camera)\}", "${item.teacher}", text))
+            return found
+    return entry.get("do", entry)
+
+
+STAGES = {name: body(entry) for name, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()}
 GROUPS = {
     "every teacher": {"teacher", "fusion", "large", "segmenter"},
     "every prediction": {"predict", "predict_teacher", "predict_fusion", "predict_large", "predict_segmenter"},
@@ -97,9 +109,13 @@ def row_of(file: str) -> str | None:
 FILES = [
     file
     for file in subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", *ROOMS], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", *ROOMS, "params/arms"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
-    if file.endswith((".py", ".html"))
+    if file.endswith((".py", ".html", ".yaml")) and (ROOT / file).is_file()
 ]
 
 

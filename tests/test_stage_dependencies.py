@@ -14,11 +14,13 @@ import pytest
 import yaml
 
 from base.environment import ROOMS
+from stages.teaching.identity import CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 # What only runs, watches or records: an edit of it changes no result.
 CONTROL = ("base/", "config/", "pipeline/", "results/tracking/", "stages/context.py")
 SAME_CODE = {f"{stage}_{kind}": stage for stage in ("predict", "evaluate") for kind in ("teacher", "fusion", "large")}
+SAME_CODE |= {"fusion": "teacher", "large": "teacher"}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -96,6 +98,12 @@ def test_no_dependency_is_superfluous(stage: str) -> None:
 def test_a_loss_is_a_dependency_of_students_only() -> None:
     """And of the stage from whose outs, which are always the same, nothing follows."""
     assert [stage for stage in STAGES if "distill" in code_deps(stage)] == ["check", "distill"]
+
+
+def test_a_store_is_of_the_code_that_its_stage_depends_on() -> None:
+    """But for what says what the store cost, and what hashes the code."""
+    assert {*CODE, "stages/card.py", "data/hashing.py"} == set(code_deps("extract"))
+    assert all((ROOT / path).exists() for path in CODE)
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "report"])

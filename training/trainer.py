@@ -29,6 +29,7 @@ from base.stopping import Preempted
 from training.checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
 from training.ema import EMA
 from training.loading import load_weights
+from training.run import Run
 from training.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
 from training.schedule import learning_rate
 from training.seeding import STEP, make_deterministic, seed_everything
@@ -62,14 +63,6 @@ class Task(Protocol):
         ...
 
 
-class Tracker(Protocol):
-    """Where curves go."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log values of a step."""
-        ...
-
-
 class NonFiniteError(PipelineError):
     """A loss or a gradient is NaN or infinite; names the step, the term and the samples."""
 
@@ -98,39 +91,30 @@ def train(
     dataset: Dataset[Any],
     collate: Callable[[list[Any]], Any],
     config: TrainConfig,
-    *,
-    seed: int,
-    scratch: Path,
-    tracker: Tracker,
-    stop: Callable[[], bool] = lambda: False,
-    label: str = "train",
+    run: Run,
     classes: Callable[[], Sequence[Iterable[int]]] | None = None,
 ) -> dict[str, Tensor]:
-    """Train to the end, from the newest checkpoint in `scratch` if there is one.
+    """Train to the end, from the newest checkpoint in `run.scratch` if there is one.
 
     Args:
         task: the module and its losses.
         dataset: read by `sampler.Key`; `collate` makes batches with `tokens`, `.to(device)` and, for GPUs,
             `.to(device, non_blocking=True)` and `.pin_memory()`.
         config: the settings; `batch_size` counts all processes together.
-        seed: of the order of samples and of every draw in the steps.
-        scratch: folder of the checkpoints and of `trace.jsonl`, one line per step.
-        tracker: gets the curves, from rank 0.
-        stop: asked after every step; when it answers True the state is saved and Preempted raised.
-        label: name in the progress bar.
+        run: seed, folder, curves, and whether to stop.
         classes: of the objects of each sample, by its index; asked for where `config.balanced`.
 
     Returns:
         Averaged state (EMA) of `task.module` on the CPU; with `ema_decay` 0 the last one.
 
     Raises:
-        Preempted: after `stop`.
+        Preempted: after `run.stop`.
         NonFiniteError: a loss or gradient is NaN or infinite.
-        CheckpointError: the checkpoint in `scratch` belongs to another configuration or number of processes.
+        CheckpointError: the checkpoint in `run.scratch` belongs to another configuration or number of processes.
         PipelineError: `config.balanced` without `classes`.
     """
-    balance = class_balance(classes, label) if config.balanced else None
-    return Trainer(task, dataset, collate, config, seed, scratch, tracker, stop, label, balance).fit()
+    balance = class_balance(classes, run.label) if config.balanced else None
+    return Trainer(task, dataset, collate, config, run, balance).fit()
 
 
 def class_balance(classes: Callable[[], Sequence[Iterable[int]]] | None, label: str) -> ClassBalance:
@@ -261,27 +245,22 @@ class Trainer:
         dataset: Dataset[Any],
         collate: Callable[[list[Any]], Any],
         config: TrainConfig,
-        seed: int,
-        scratch: Path,
-        tracker: Tracker,
-        stop: Callable[[], bool],
-        label: str,
-        balance: ClassBalance | None,
+        run: Run,
+        balance: ClassBalance | None = None,
     ) -> None:
         make_deterministic()
         precision = precision_here(config.precision)
         if precision != config.precision:
-            log.info("%s trains in float32: this CPU would emulate bfloat16, which is slow", label)
+            log.info("%s trains in float32: this CPU would emulate bfloat16, which is slow", run.label)
         self.fabric = make_fabric(precision)
         self.fabric.launch()
-        self.config, self.seed, self.scratch, self.tracker = config, seed, scratch, tracker
-        self.stop, self.label = stop, label
+        self.config, self.run = config, run
         self.dataset, self.collate, self.balance = dataset, collate, balance
         freeze(task.module, config.lr_factors)
         self.module = self.fabric.to_device(task.module).train()
         self.loss, self.optimizer = self.fabric.setup(_Loss(task), self._make_optimizer())
         self.ema = EMA(self.module, config.ema_decay)
-        self.checkpoints = Checkpoints(scratch / "checkpoints")
+        self.checkpoints = Checkpoints(run.scratch / "checkpoints")
         self.step = 0
         self.skipped = 0  # 16-mixed: steps in a row that the loss scaler skipped
         batches = self._batches()
@@ -297,8 +276,8 @@ class Trainer:
         main = self.fabric.is_global_zero
         saved = time.monotonic()
         with (
-            Trace(self.scratch / "trace.jsonl", self.step, main) as trace,
-            ProgressBar(self.label, self.total, self.step, main) as bar,
+            Trace(self.run.scratch / "trace.jsonl", self.step, main) as trace,
+            ProgressBar(self.run.label, self.total, self.step, main) as bar,
         ):
             batches = self._feed() if self.step < self.total else iter(())
             while self.step < self.total:
@@ -342,7 +321,7 @@ class Trainer:
             batch = next(batches)
             waited += time.perf_counter() - asked
             tokens += list(getattr(batch, "tokens", []))
-            seed_everything(STEP, self.seed, self.step, part, self.fabric.global_rank)
+            seed_everything(STEP, self.run.seed, self.step, part, self.fabric.global_rank)
             skip_sync = part < parts - 1 and self.fabric.world_size > 1
             with self.fabric.no_backward_sync(self.loss, enabled=skip_sync):
                 terms = self.loss(_Opaque(batch), self.step / self.total)
@@ -357,7 +336,7 @@ class Trainer:
         names = [*terms, "grad_norm"]
         values = torch.stack([*terms.values(), norm.detach().float()])
         self._check_finite(dict(zip(names, values.tolist(), strict=True)), tokens)
-        stop = torch.tensor([float(self.stop())], device=values.device)
+        stop = torch.tensor([float(self.run.stop())], device=values.device)
         reduced = cast(Tensor, self.fabric.all_reduce(torch.cat([values, stop]), reduce_op="mean"))
         metrics = dict(zip([*names, "stop"], reduced.tolist(), strict=True))
         return {"loss": sum(metrics[name] for name in minimised(terms))} | metrics
@@ -382,14 +361,14 @@ class Trainer:
         if self.fabric.is_global_zero and (self.step % self.config.log_every == 0 or self.step == self.total):
             curves = {f"train/{name}": value for name, value in metrics.items() if name != "stop"}
             epoch = self.step * self.config.batch_size / self.samples_per_epoch
-            self.tracker.log_metrics(curves | {"train/samples_per_s": rate, "epoch": epoch}, self.step)
+            self.run.tracker.log_metrics(curves | {"train/samples_per_s": rate, "epoch": epoch}, self.step)
 
     def _batches(self) -> StepBatches:
         return StepBatches(
             len(self.dataset),  # type: ignore[arg-type]
             self.config.batch_size,
             self.config.epochs,
-            self.seed,
+            self.run.seed,
             first=self.step,
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
@@ -410,7 +389,7 @@ class Trainer:
             cuda = self.fabric.device.type == "cuda"
             workers = max(1, min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)) if cuda else 1
         return DataLoader(
-            KeyedDataset(self.dataset, self.seed),
+            KeyedDataset(self.dataset, self.run.seed),
             batch_sampler=self._batches(),
             collate_fn=self.collate,
             num_workers=workers,
@@ -421,7 +400,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         settings = {k: v for k, v in self.config.model_dump().items() if k not in RUNTIME}
-        return settings | {"seed": self.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
+        return settings | {"seed": self.run.seed, "samples": len(self.dataset)}  # type: ignore[arg-type]
 
     def _save(self) -> None:
         """Write the state; a matter of rank 0, as the weights are equal on all ranks."""
@@ -452,7 +431,7 @@ class Trainer:
         if step is None:
             return
         self._restore(newest or self.checkpoints.load(step))
-        log.info("resuming %s from step %d of %d", self.label, self.step, self.total)
+        log.info("resuming %s from step %d of %d", self.run.label, self.step, self.total)
 
     def _restore(self, saved: Checkpoint) -> None:
         self._check_same_run(saved)
@@ -472,7 +451,7 @@ class Trainer:
         if metadata["world_size"] != world:
             raise CheckpointError(
                 f"checkpoint {path} was made by {metadata['world_size']} processes and this run has {world}: "
-                f"start it with {metadata['world_size']}, or delete {self.scratch} to start anew"
+                f"start it with {metadata['world_size']}, or delete {self.run.scratch} to start anew"
             )
         before, now = metadata["identity"], json.loads(json.dumps(self._identity()))
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
@@ -480,7 +459,7 @@ class Trainer:
             diff = "; ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
             raise CheckpointError(
                 f"checkpoint {path} was made with another configuration ({diff}): "
-                f"restore the values, or delete {self.scratch} to start anew"
+                f"restore the values, or delete {self.run.scratch} to start anew"
             )
         if metadata["threads"] != torch.get_num_threads():
             log.warning(

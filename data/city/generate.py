@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -22,8 +21,7 @@ from data.city.config import CityConfig, ScenePlan
 from data.city.schema import SHARED, TABLES, Record, coco_categories, shared_tables
 from data.preparing.splits import official_splits
 
-Progress = Callable[[int, str], None]
-"""Called with the number of scenes done and the name of the latest."""
+Progress = Callable[[int, str], None]  # called with the number of scenes done and the name of the latest
 
 _SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
 
@@ -89,7 +87,7 @@ def generate(
 
 def _identity(config: CityConfig, version: str) -> str:
     """Return a name for what decides the bytes: settings, version and the code of this package."""
-    digest = hashlib.sha256(json.dumps([dataclasses.asdict(config), version]).encode())
+    digest = hashlib.sha256(json.dumps([config.model_dump(), version]).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from data.city.roads import LANE, PARKING, PAVEMENT, Road
 
-RESOLUTION = 0.1
-"""Metres per pixel, the devkit's default for map masks."""
+RESOLUTION = 0.1  # metres per pixel, the devkit's default for map masks
 PLOT, WALK, STREET = 0, 1, 2
 _SHIFT = 4  # binary places of the pixel coordinates that cv2 draws with
 _LEVELS = 5

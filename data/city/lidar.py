@@ -14,8 +14,7 @@ from data.city.world import World
 Array = NDArray[np.float32]
 
 RANGE = 90.0
-RANGE_NOISE = 0.012
-"""Standard deviation of a measured range in metres."""
+RANGE_NOISE = 0.012  # standard deviation of a measured range in metres
 
 
 class Sweep(NamedTuple):

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from data.city.mesh import Mesh
 
 Array = NDArray[np.float32]
-FAR = np.float32(400.0)
-"""Range in metres beyond which there is only sky."""
+FAR = np.float32(400.0)  # range in metres beyond which there is only sky
 
 
 class Hits(NamedTuple):

@@ -11,8 +11,7 @@ Array = NDArray[np.float64]
 
 FULL_WIDTH, FULL_HEIGHT = 1600, 900
 BEAMS = 32
-ELEVATIONS: Array = np.deg2rad(np.linspace(-30.67, 10.67, BEAMS))
-"""Elevation of every beam, ring 0 lowest."""
+ELEVATIONS: Array = np.deg2rad(np.linspace(-30.67, 10.67, BEAMS))  # elevation of every beam, ring 0 lowest
 
 # Channel: x, y, z in the ego frame (m); heading of the optical axis (degrees, left positive); focal length and
 # principal point at 1600 x 900 (pixels).

@@ -18,8 +18,7 @@ PAVEMENT = 3.2
 PARKING = 2.5
 VERGE = 1.5
 KERB_HEIGHT = 0.12
-SIDE_MIDDLE = 120.0
-"""Where on a side street the junction with the street is."""
+SIDE_MIDDLE = 120.0  # where on a side street the junction with the street is
 
 
 @dataclass
@@ -27,8 +26,7 @@ class Crossing:
     """Where another road crosses."""
 
     s: float
-    clear: float
-    """Half the length of this road that the junction takes."""
+    clear: float  # half the length of this road that the junction takes
     other: int
 
 
@@ -40,8 +38,7 @@ class Road:
     headings: Array  # [K] radians, unwrapped
     lanes: int
     parking: bool
-    green: bool = True
-    """Whether traffic may enter the junctions."""
+    green: bool = True  # whether traffic may enter the junctions
     crossings: list[Crossing] = field(default_factory=list)
 
     @property

@@ -20,8 +20,7 @@ from data.city.schema import CLASS_OF_CATEGORY, DETECTION_CLASSES, Record, token
 from data.city.world import World
 
 KEYFRAME_US, SWEEP_US = 500_000, 50_000
-CAMERA_LEAD_US = 12_000
-"""The cameras fire together, this long before the LiDAR's turn is complete."""
+CAMERA_LEAD_US = 12_000  # the cameras fire together, this long before the LiDAR's turn is complete
 ANNOTATION_RANGE = 80.0
 JPEG_QUALITY = 92
 MIN_MASK_PIXELS = 10

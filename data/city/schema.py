@@ -13,8 +13,7 @@ TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
     "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
-SHARED = ("category", "attribute", "visibility", "sensor")
-"""Tables that do not depend on the scenes."""
+SHARED = ("category", "attribute", "visibility", "sensor")  # tables that do not depend on the scenes
 
 _CATEGORIES = (
     "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.wheelchair", "human.pedestrian.stroller",
@@ -30,11 +29,11 @@ _ATTRIBUTES = (
 )  # fmt: skip
 _VISIBILITY = {"1": "v0-40", "2": "v40-60", "3": "v60-80", "4": "v80-100"}
 
+# The classes of the instance annotations; COCO ids count from 1 in this order.
 DETECTION_CLASSES = (
     "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
     "traffic_cone",
 )  # fmt: skip
-"""The classes of the instance annotations; COCO ids count from 1 in this order."""
 
 CLASS_OF_CATEGORY = {
     "vehicle.car": "car", "vehicle.truck": "truck", "vehicle.construction": "construction_vehicle",

@@ -68,8 +68,7 @@ def yards(rng: np.random.Generator, roads: list[Road], centre: Array) -> Array:
     return np.array(found).reshape(-1, 3)
 
 
-YARD = (18.0, 16.0)
-"""Length along the road and depth of a yard."""
+YARD = (18.0, 16.0)  # length along the road and depth of a yard
 
 
 def pavements(roads: list[Road], ground: Ground) -> Mesh:

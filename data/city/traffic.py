@@ -20,8 +20,7 @@ from data.city.roads import KERB_HEIGHT, LANE, PARKING, PAVEMENT, Road
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 
-MARGIN = 0.03
-"""Metres that a box is larger than its mesh on every side but the bottom."""
+MARGIN = 0.03  # metres that a box is larger than its mesh on every side but the bottom
 EGO_SIZE = (4.6, 1.9)
 EGO_CENTRE = 1.3  # metres from the rear axle, the ego frame's origin, to the middle of the vehicle
 

@@ -14,8 +14,7 @@ from data.city.traffic import Actor, Traffic
 
 Array = NDArray[np.float64]
 
-REACH = 85.0
-"""Metres of street that are built and populated around the way of the ego vehicle."""
+REACH = 85.0  # metres of street that are built and populated around the way of the ego vehicle
 
 
 class World:

@@ -6,45 +6,9 @@ Pixel coordinates put integers at pixel centres, so the image covers [-0.5, W - 
 from __future__ import annotations
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.reading.config import BevConfig, ImageConfig
 from data.reading.geometry import Float64
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImageConfig(_Config):
-    """How raw images become network images. At evaluation only `size` counts."""
-
-    size: tuple[int, int]  # height, width that the network sees
-    resize: tuple[float, float]  # training: range of the factor on the scale that fits the width
-    rotate: float = Field(ge=0.0, le=180.0)  # training: +- degrees
-    flip: float = Field(ge=0.0, le=1.0)  # training: probability
-
-    @model_validator(mode="after")
-    def _check(self) -> ImageConfig:
-        if min(self.size) < 1:
-            raise ValueError(f"image.size {self.size} must be two positive numbers of pixels")
-        if not 0 < self.resize[0] <= self.resize[1]:
-            raise ValueError(f"image.resize {self.resize} must be two positive factors in ascending order")
-        return self
-
-
-class BevConfig(_Config):
-    """Training augmentation of the scene as a whole."""
-
-    flip_x: float = Field(ge=0.0, le=1.0)  # probability of x -> -x
-    flip_y: float = Field(ge=0.0, le=1.0)  # probability of y -> -y
-    rotate: float = Field(ge=0.0, le=180.0)  # +- degrees about z
-    scale: tuple[float, float]
-
-    @model_validator(mode="after")
-    def _check(self) -> BevConfig:
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"bev.scale {self.scale} must be two positive factors in ascending order")
-        return self
 
 
 def image_matrix(

@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.reading.augment import ImageConfig, draw_image_matrices
+from data.reading.augment import draw_image_matrices
 from data.reading.coco_json import CocoError, category_labels
+from data.reading.config import ImageConfig
 from data.reading.dataset import SampleKey
 from data.reading.instances import ImageInstances, InstanceBatch, mask_runs, warp_masks
 from data.reading.sensors import load_image

@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.reading.augment import BevConfig, ImageConfig, draw_bev_matrix, draw_image_matrices
+from data.reading.augment import draw_bev_matrix, draw_image_matrices
 from data.reading.batch import Sample
 from data.reading.boxes import boxes_in_range, transform_boxes
+from data.reading.config import GridConfig, InputConfig
 from data.reading.geometry import Float64, inverse
 from data.reading.index import CAMERAS, Index, Record
 from data.reading.sensors import depth_map, load_image, load_points, load_radar
@@ -26,42 +26,6 @@ MODALITIES: Final = frozenset({"images", "points", "radar", "boxes", "depth"})
 # What a sampler yields. Epoch and position (in the order of the epoch, over all ranks) fix the random draws, the index
 # fixes the keyframe.
 SampleKey = tuple[int, int, int]
-
-
-class GridConfig(BaseModel):
-    """The BEV grid: |x|, |y| < range, square cells, z between two heights; metres, LiDAR frame."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    range: float = Field(gt=0.0)
-    cell: float = Field(gt=0.0)
-    z: tuple[float, float]
-
-    @model_validator(mode="after")
-    def _check(self) -> GridConfig:
-        cells = 2 * self.range / self.cell
-        if abs(cells - round(cells)) > 1e-6:
-            raise ValueError(f"grid.cell {self.cell} must divide twice the range {self.range} into whole cells")
-        if not self.z[0] < self.z[1]:
-            raise ValueError(f"grid.z {self.z} must ascend")
-        return self
-
-
-class InputConfig(BaseModel):
-    """What one sample holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    frames: int = Field(1, ge=1, le=2)  # 2 adds the previous keyframe
-    sweeps: int = Field(1, ge=1)  # LiDAR sweeps, the keyframe's included
-    radar: bool = False
-    image: ImageConfig
-    bev: BevConfig
-    depth_stride: int = Field(16, ge=1)  # pixels per cell of the depth supervision
-
-    @model_validator(mode="after")
-    def _check(self) -> InputConfig:
-        if any(length % self.depth_stride for length in self.image.size):
-            raise ValueError(f"image.size {self.image.size} must be multiples of depth_stride {self.depth_stride}")
-        return self
 
 
 class NuScenesDataset(Dataset[Sample]):

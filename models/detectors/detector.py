@@ -17,18 +17,14 @@ from models.ports import Batch, Detections, Prediction
 class Detector(nn.Module, ABC):
     """A 3D detector: forward to head maps and taps, loss against boxes, decoding to boxes."""
 
+    # The batch's sensor data that `forward` reads, of `images`, `points`, `radar`; no other need be loaded.
     sensors: tuple[str, ...]
-    """The batch's sensor data that `forward` reads, of `images`, `points`, `radar`; no other need be loaded."""
-    tap_channels: dict[str, int]
-    """Channels of the taps of this detector that are dense maps."""
-    targets: TargetEncoder
-    """How boxes become head targets on this detector's grid."""
-    frames: int = 1
-    """Keyframes of the batch that `forward` reads; no other need be loaded."""
-    truth_losses: tuple[str, ...] = ("heatmap", "box")
-    """Those of the losses that compare with the true boxes."""
+    tap_channels: dict[str, int]  # channels of the taps of this detector that are dense maps
+    targets: TargetEncoder  # how boxes become head targets on this detector's grid
+    frames: int = 1  # keyframes of the batch that `forward` reads; no other need be loaded
+    truth_losses: tuple[str, ...] = ("heatmap", "box")  # those of the losses that compare with the true boxes
+    # Where weights of other detectors fit: the name of a module there -> names here. Unlisted: the same name.
     places: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    """Where weights of other detectors fit: the name of a module there -> names here. Unlisted: the same name."""
 
     @abstractmethod
     def forward(self, batch: Batch, taps: Collection[str] = ()) -> Prediction:

@@ -11,8 +11,7 @@ from models.layers.grid import Grid
 from models.layers.registry import MODELS
 from models.ports import Batch
 
-LIDAR_FEATURES = 5
-"""Of a point: x, y, z, intensity, seconds into the past."""
+LIDAR_FEATURES = 5  # of a point: x, y, z, intensity, seconds into the past
 
 
 @MODELS.register_module()

@@ -120,8 +120,7 @@ class PointCenterPoint(Detector, PointLift):
     `bev_neck` the input of the head; `head`.
     """
 
-    point_features: int
-    """Values of a point of this sensor."""
+    point_features: int  # values of a point of this sensor
 
     def __init__(
         self,

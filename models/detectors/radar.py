@@ -15,8 +15,8 @@ from models.layers.grid import Grid
 from models.layers.registry import MODELS
 from models.ports import Batch
 
+# x, y, z stay metres, in which pillars are cut; cross section in 20 dBsm, velocity in 10 m/s, age in 0.5 s.
 RADAR_SCALE = (1.0, 1.0, 1.0, 20.0, 10.0, 10.0, 0.5)
-"""x, y, z stay metres, in which pillars are cut; cross section in 20 dBsm, velocity in 10 m/s, age in 0.5 s."""
 
 
 def scaled(radar: list[Tensor]) -> list[Tensor]:

@@ -22,8 +22,7 @@ from models.layers.images import IMAGE_MEAN, IMAGE_STD
 from models.layers.initialising import initialise
 from models.layers.memory_layout import read_any_layout
 
-CLASS_HEADS = ("bbox_head", "mask_head")
-"""Parts of a RoI head that tell classes apart."""
+CLASS_HEADS = ("bbox_head", "mask_head")  # parts of a RoI head that tell classes apart
 
 
 class Instances(Protocol):
@@ -45,14 +44,10 @@ class Instances(Protocol):
 class Found(NamedTuple):
     """Instances that a segmenter found in one image, best first."""
 
-    boxes: Tensor
-    """[K, 4] x0, y0, x1, y1 in pixels of its input, from the edges of pixels."""
-    labels: Tensor
-    """[K] int64, positions in the segmenter's classes."""
-    scores: Tensor
-    """[K]."""
-    masks: Tensor
-    """[K, H, W] bool."""
+    boxes: Tensor  # [K, 4] x0, y0, x1, y1 in pixels of its input, from the edges of pixels
+    labels: Tensor  # [K] int64, positions in the segmenter's classes
+    scores: Tensor  # [K]
+    masks: Tensor  # [K, H, W] bool
 
 
 class Segmenter(nn.Module):

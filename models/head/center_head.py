@@ -21,10 +21,9 @@ from models.layers.processes import across_processes, divisor
 from models.layers.registry import MODELS
 from models.ports import Detections
 
+# Channels of a task's regression maps, in the order of the code.
 REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
-"""Channels of a task's regression maps, in the order of the code."""
-MAX_LOG_SIZE = 5.0
-"""Log of the largest box side that decoding returns (148 m): an untrained head must not overflow."""
+MAX_LOG_SIZE = 5.0  # log of the largest box side that decoding returns (148 m): an untrained head must not overflow
 
 
 @MODELS.register_module()

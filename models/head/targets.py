@@ -16,34 +16,26 @@ from torch import Tensor
 
 from models.layers.grid import Grid
 
+# Regression code: offset in the cell (2), height of the centre, log size (3), sin and cos of yaw, velocity (2).
 CODE_SIZE = 10
-"""Regression code: offset in the cell (2), height of the centre, log size (3), sin and cos of yaw, velocity (2)."""
 
 
 class Targets(NamedTuple):
     """Dense and per-object targets; B samples, C classes, T tasks, K object slots per task."""
 
-    heatmap: Tensor
-    """[B, C, H, W]."""
-    code: Tensor
-    """[B, T, K, 10]; velocities may be NaN."""
-    cell: Tensor
-    """[B, T, K] int64, y * W + x."""
-    valid: Tensor
-    """[B, T, K] bool."""
+    heatmap: Tensor  # [B, C, H, W]
+    code: Tensor  # [B, T, K, 10]; velocities may be NaN
+    cell: Tensor  # [B, T, K] int64, y * W + x
+    valid: Tensor  # [B, T, K] bool
 
 
 class EncodedBoxes(NamedTuple):
     """Boxes on the grid, still flat."""
 
-    code: Tensor
-    """[M, 10]."""
-    column_row: Tensor
-    """[M, 2] int64, ix and iy of the centre's cell."""
-    radius: Tensor
-    """[M] int64, Gaussian radius in cells."""
-    inside: Tensor
-    """[M] bool, the centre is on the grid and the size is positive."""
+    code: Tensor  # [M, 10]
+    column_row: Tensor  # [M, 2] int64, ix and iy of the centre's cell
+    radius: Tensor  # [M] int64, Gaussian radius in cells
+    inside: Tensor  # [M] bool, the centre is on the grid and the size is positive
 
 
 def gaussian_radius(length: Tensor, width: Tensor, min_overlap: float) -> Tensor:
@@ -99,16 +91,11 @@ class TargetEncoder:
     """Turns boxes into targets on a grid."""
 
     grid: Grid
-    task_sizes: tuple[int, ...]
-    """Classes of each task; labels count through the tasks."""
-    min_radius: tuple[int, ...]
-    """Least Gaussian radius of each class, cells."""
-    min_overlap: float = 0.1
-    """Overlap that a box shifted by the Gaussian radius keeps."""
-    max_objects: int = 500
-    """Object slots per task and sample; further boxes keep their heatmap peaks out as well."""
-    norm_bbox: bool = True
-    """Regress the logarithm of the size."""
+    task_sizes: tuple[int, ...]  # classes of each task; labels count through the tasks
+    min_radius: tuple[int, ...]  # least Gaussian radius of each class, cells
+    min_overlap: float = 0.1  # overlap that a box shifted by the Gaussian radius keeps
+    max_objects: int = 500  # object slots per task and sample; further boxes keep their heatmap peaks out as well
+    norm_bbox: bool = True  # regress the logarithm of the size
     task_of_class: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

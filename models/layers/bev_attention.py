@@ -21,14 +21,12 @@ from models.ports import Batch
 class Sight(NamedTuple):
     """Where the cameras of a frame see the pillars of the queries; of each camera k queries, all that it sees."""
 
+    # [B, N, k] of which the pillars are seen; where a camera sees fewer than k, others follow. None: all, in order.
     queries: Tensor | None
-    """[B, N, k] of which the pillars are seen; where a camera sees fewer than k, others follow. None: all, in order."""
+    # [B, N, k, Z, 2] of the points of their pillars: x and y, 0 and 1 at the outer edges of the image.
     positions: Tensor
-    """[B, N, k, Z, 2] of the points of their pillars: x and y, 0 and 1 at the outer edges of the image."""
-    inside: Tensor
-    """[B, N, k, Z] bool: the camera sees the point."""
-    cameras: Tensor
-    """[B, Q] how many see a query's pillar."""
+    inside: Tensor  # [B, N, k, Z] bool: the camera sees the point
+    cameras: Tensor  # [B, Q] how many see a query's pillar
 
 
 def look(centers: Tensor, heights: list[float], batch: Batch, frame: int) -> Sight:

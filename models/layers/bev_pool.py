@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-LARGEST_PRODUCT = 2**27
-"""Entries of a matrix of `bev_pool_by_product`, 512 MiB."""
+LARGEST_PRODUCT = 2**27  # entries of a matrix of `bev_pool_by_product`, 512 MiB
 
 
 class PoolIndex(NamedTuple):
@@ -31,18 +30,12 @@ class PoolIndex(NamedTuple):
     32-bit rows because `embedding_bag` reads them twice as fast as 64-bit ones.
     """
 
-    point_by_cell: Tensor
-    """[P] int64, flat position in `depth` [R, D], sorted by cell."""
-    pixel_by_cell: Tensor
-    """[P] int32, feature row of the same points."""
-    cell_offsets: Tensor
-    """[cells + 1] int32, where each cell's points begin."""
-    point_by_pixel: Tensor
-    """[P] int64, flat position in `depth`, sorted by pixel."""
-    cell_by_pixel: Tensor
-    """[P] int32, cell of the same points."""
-    pixel_offsets: Tensor
-    """[R + 1] int32, where each pixel's points begin."""
+    point_by_cell: Tensor  # [P] int64, flat position in `depth` [R, D], sorted by cell
+    pixel_by_cell: Tensor  # [P] int32, feature row of the same points
+    cell_offsets: Tensor  # [cells + 1] int32, where each cell's points begin
+    point_by_pixel: Tensor  # [P] int64, flat position in `depth`, sorted by pixel
+    cell_by_pixel: Tensor  # [P] int32, cell of the same points
+    pixel_offsets: Tensor  # [R + 1] int32, where each pixel's points begin
 
 
 def pool_index(cell: Tensor, cells: int) -> PoolIndex:

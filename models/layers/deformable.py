@@ -22,8 +22,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 KINDS = ("attention", "deform_conv", "conv")
-HAS_KERNEL = get_compiling_cuda_version() != "not available"
-"""Whether mmcv was built with its CUDA operators."""
+HAS_KERNEL = get_compiling_cuda_version() != "not available"  # whether mmcv was built with its CUDA operators
 
 
 def deformable_attention(value: Tensor, shape: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:

@@ -15,12 +15,9 @@ class Grid:
     Dense maps are `[..., H=y, W=x]`; cell `(iy, ix)` covers x from `-range + ix * cell` on, and y alike.
     """
 
-    range: float
-    """Half the side of the square, metres."""
-    cell: float
-    """Side of a cell, metres."""
-    z: tuple[float, float] = (-5.0, 3.0)
-    """Lowest and highest point that counts, metres."""
+    range: float  # half the side of the square, metres
+    cell: float  # side of a cell, metres
+    z: tuple[float, float] = (-5.0, 3.0)  # lowest and highest point that counts, metres
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "z", tuple(self.z))

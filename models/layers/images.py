@@ -16,8 +16,7 @@ from models.layers.registry import MODELS
 from models.ports import Batch
 
 IMAGE_MEAN = (123.675, 116.28, 103.53)
-IMAGE_STD = (58.395, 57.12, 57.375)
-"""ImageNet's RGB statistics, which pretrained backbones expect."""
+IMAGE_STD = (58.395, 57.12, 57.375)  # imageNet's RGB statistics, which pretrained backbones expect
 
 
 class ImageEncoder(BaseModule):

@@ -20,12 +20,9 @@ from models.ports import Batch
 class Lifted(NamedTuple):
     """What the lift of one frame makes."""
 
-    bev: Tensor
-    """[B, C, H, W] on the grid."""
-    depth: Tensor
-    """[B, N, D, h, w] logits."""
-    views: Tensor | None = None
-    """[B, N * C, H, W], where asked for: the cameras' parts of `bev` one after another."""
+    bev: Tensor  # [B, C, H, W] on the grid
+    depth: Tensor  # [B, N, D, h, w] logits
+    views: Tensor | None = None  # [B, N * C, H, W], where asked for: the cameras' parts of `bev` one after another
 
     @property
     def parts(self) -> dict[str, Tensor]:

@@ -17,15 +17,14 @@ from torch.nn import functional
 from models.layers.deformable import FullPrecisionDCN, FullPrecisionDCNv2
 from models.layers.roi_align import RoIAlign
 
+# Deformable convolutions of mmcv, which has none for bfloat16 on a CPU, and those that stand in for them.
 FULL_PRECISION: dict[type[nn.Module], type[nn.Module]] = {
     DeformConv2dPack: FullPrecisionDCN,
     ModulatedDeformConv2dPack: FullPrecisionDCNv2,
 }
-"""Deformable convolutions of mmcv, which has none for bfloat16 on a CPU, and those that stand in for them."""
 
 
-AVX2_LANES = 8
-"""Float32 values in a vector of AVX2."""
+AVX2_LANES = 8  # float32 values in a vector of AVX2
 
 
 class Pointwise(nn.Conv2d):

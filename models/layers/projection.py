@@ -9,8 +9,7 @@ from torch import Tensor
 
 from models.ports import Batch
 
-NEAREST = 0.1
-"""Metres in front of a camera from which on it sees a point."""
+NEAREST = 0.1  # metres in front of a camera from which on it sees a point
 
 
 def project(points: Tensor, batch: Batch, frame: int = 0) -> tuple[Tensor, Tensor]:

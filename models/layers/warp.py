@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SNAP = 1e-4
-"""Cells; a source this close to a cell's centre is that centre, so that flips and quarter turns are exact."""
+SNAP = 1e-4  # cells; a source this close to a cell's centre is that centre, so that flips and quarter turns are exact
 
 
 def warp_bev(

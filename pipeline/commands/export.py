@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.preparing.build import RADAR_SWEEPS
 from data.reading.batch import Batch, collate
 from data.reading.index import RADARS
@@ -84,7 +85,7 @@ def run(root: Path, *, key: str, out: Path | None, formats: Sequence[str], sampl
         formats: of FILES.
         samples: keyframes of `evaluate.split` to compare on.
     """
-    folder, params = published(root, key), load_params(root / "params.yaml")
+    folder, params = published(root, key), load_params(root)
     out = out or root / EXPORTS / key
     _check_free(out)
     student = Student(load_student(folder)).eval()

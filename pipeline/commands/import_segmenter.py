@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from base.errors import PipelineError
-from config.params import COARSEST_STRIDE, ImportParams, SegmenterParams, read_yaml
+from config.files import read_yaml
+from config.sections import COARSEST_STRIDE, ImportParams, SegmenterParams
 from data.reading.classes import CATEGORY_TO_CLASS, CLASSES
 from models.layers.images import IMAGE_MEAN, IMAGE_STD
 from stages.context import publish
@@ -34,7 +35,7 @@ OTHER_NAMES: Final = {"person": "pedestrian"}  # of COCO
 
 
 def run(root: Path, *, file: Path, name: str, config: Path, trust_pickle: bool) -> int:
-    """Write imported/<name>, print its checksum and what params.yaml needs."""
+    """Write imported/<name>, print its checksum and what the parameters need."""
     folder = IMPORTED / name
     if not NAME.fullmatch(name):
         raise PipelineError(f"--name {name!r}: letters, digits, _ and - are allowed, a letter or digit first")
@@ -49,7 +50,8 @@ def run(root: Path, *, file: Path, name: str, config: Path, trust_pickle: bool) 
         save_detector(Path(made) / name, segmenter_config(settings), model.state_dict())
         publish(Path(made) / name, root / folder)
     checksum = checksum_of((root / folder / WEIGHTS).read_bytes())
-    print(f"{folder / WEIGHTS}: checksum {checksum}\n\nFor params.yaml:\n\n{lines(name, folder, checksum, settings)}")
+    print(f"{folder / WEIGHTS}: checksum {checksum}\n\nFor params/segmenters.yaml and params/stores.yaml:\n")
+    print(lines(name, folder, checksum, settings))
     return 0
 
 
@@ -177,7 +179,7 @@ def _images_of(model: Mapping[str, Any], file: Path) -> tuple[list[float], list[
 
 
 def lines(name: str, folder: Path, checksum: str, settings: SegmenterParams) -> str:
-    """The entry of `segmenters` in params.yaml, and of a store that reads it."""
+    """The entry of `segmenters`, and of a store that reads it."""
     start = {"folder": str(folder), "checksum": checksum}
     entry = settings.model_dump(mode="json") | {"start": start, "train": None}
     store = {"teacher": name, "score_threshold": 0.3, "taps": {"inst2d": {"serve": "cached-exact"}}}

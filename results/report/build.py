@@ -56,9 +56,8 @@ def build(
     *,
     profile: str,
     teachers: Sequence[str],
-    fusions: Sequence[str],
+    fusions: Mapping[str, Mapping[str, str]],
     large: Sequence[str],
-    parts: Mapping[str, str],
     starts: Collection[str],
     segmenters: Sequence[str],
     stores: Sequence[str],
@@ -86,13 +85,12 @@ def build(
         film: folder of film.json and the pictures that it names.
         profile: name of the profile, for the note on what it can show.
         teachers: names of the teachers of the study.
-        fusions: names of the fusion teachers of the study.
+        fusions: fusion teachers of the study -> sensor -> the one of the teachers that it takes it from.
         large: names of the large camera teachers of the study.
-        parts: sensor -> the one of the teachers that fusion teachers take it from.
         starts: those of the teachers that others start from and nobody learns from.
         segmenters: names of the instance segmentation teachers of the study.
         stores: names of the stores of the study.
-        variants: the study's variants in order, name -> its entry of params.yaml; the first is a baseline.
+        variants: the study's variants in order, name -> its entry of the parameters; the first is a baseline.
         baselines: those of them that the ones behind them are compared with, beside the first.
         pairs: of a large camera teacher and a student.
         featured: those of them whose simulated LiDAR features are shown.
@@ -108,10 +106,10 @@ def build(
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, evaluations, teachers, rows, seeds, starts, fusions, large, baselines)
+    study = load_study(metrics, evaluations, teachers, rows, seeds, starts, [*fusions], large, baselines)
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
-    fused, costs = fusions_of(study, fusions, parts), read_costs(cost, study)
+    fused, costs = fusions_of(study, fusions), read_costs(cost, study)
     efficient = efficiency_of(study, pairs, costs)
     simulated = features_of(features, featured, seeds, scenes)
     taps, tested, best = stored_taps(cards, stores), significance(study), study.best
@@ -156,7 +154,7 @@ def build(
         difference=difference,
     )
     numbers = summary(study, profile, learned_from, variants) | {
-        "fusions": {fusion.name: {"parts": dict(parts), "ahead": fusion.ahead} for fusion in fused},
+        "fusions": {fusion.name: {"parts": dict(fusions[fusion.name]), "ahead": fusion.ahead} for fusion in fused},
         "features": {entry.variant: _correlations(entry) for entry in simulated},
         "cost": costs.numbers,
         "efficiency": [pair.numbers for pair in efficient],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from results.report.results import Arm, Study
@@ -21,16 +21,15 @@ class Fusion:
     ahead: bool  # of all parts in all metrics
 
 
-def fusions(study: Study, names: Sequence[str], parts: Mapping[str, str]) -> list[Fusion]:
+def fusions(study: Study, parts: Mapping[str, Mapping[str, str]]) -> list[Fusion]:
     """The fusion teachers of a study.
 
     Args:
         study: the runs.
-        names: of the fusion teachers.
-        parts: sensor -> name of the teacher that fusion teachers take it from.
+        parts: name of each -> sensor -> name of the teacher that it is made of.
     """
     arms = {arm.name: arm for arm in study.teachers}
-    return [_fusion(arms[name], {sensor: arms[part] for sensor, part in parts.items()}) for name in names]
+    return [_fusion(arms[name], {sensor: arms[part] for sensor, part in own.items()}) for name, own in parts.items()]
 
 
 def _fusion(fusion: Arm, parts: Mapping[str, Arm]) -> Fusion:

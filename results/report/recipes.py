@@ -68,7 +68,7 @@ class Recipe:
 
 
 def recipes(variants: Mapping[str, Mapping[str, Any]]) -> list[Recipe]:
-    """The entries of `variants` in params.yaml as text."""
+    """The entries of `variants` as text."""
     return [
         Recipe(
             name,

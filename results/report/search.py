@@ -25,7 +25,7 @@ def summary(
         study: the runs.
         profile: name of the profile.
         learned_from: teachers and "students" -> split.
-        variants: the study's variants in order, name -> its entry of params.yaml.
+        variants: the study's variants in order, name -> its entry of the parameters.
     """
     run = study.baseline.first
     return {

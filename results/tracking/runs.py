@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from base import redaction
 from base.errors import PipelineError
-from config.params import flatten
+from config.nested import flatten
 from results.tracking import sending
 
 if TYPE_CHECKING:

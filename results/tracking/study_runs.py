@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from base.errors import PipelineError
 from config.graph import PATIENCE, StageSpec, address
-from config.params import Params, flatten
+from config.nested import flatten
+from config.params import Params
 from results.report.results import ERRORS, HEADLINES, UNITS, Arm, Study
 from results.report.statistics import Interval
 from results.report.tables import comparison, markdown
@@ -208,7 +209,7 @@ def read_recorded(root: Path) -> Recorded:
 
 def _fingerprint(name: str, stage: Mapping[str, Any]) -> str:
     deps = {dep["path"]: dep.get("md5") for dep in stage.get("deps", ())}
-    params = stage.get("params", {}).get("params.yaml", {})
+    params = {key: value for file in stage.get("params", {}).values() for key, value in file.items()}
     return StageSpec(name, None, stage["cmd"], deps, params, ()).fingerprint
 
 
@@ -280,7 +281,7 @@ class _Published:
         MLflow sorts parameters by code point: those with a capital stand before all others.
         """
         chosen, settings = self.params.variants[arm.name], self.params.student(arm.name)
-        stores = {term.store for term in chosen.terms.values()}
+        stores = {term.teacher.store for term in chosen.terms.values()}
         made_from = {"outputs/index": "training"}
         made_from |= {f"outputs/teachers/{name}": "teacher" for name in sorted(teachers)}
         made_from |= {f"outputs/stores/{name}": "store" for name in sorted(stores)}

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
-from config.params import BevParams, Params, merge
-from data.reading.augment import BevConfig, ImageConfig
-from data.reading.dataset import GridConfig, InputConfig, NuScenesDataset
+from config.nested import merge
+from config.params import Params
+from data.reading.config import BevConfig, GridConfig, InputConfig
+from data.reading.dataset import NuScenesDataset
 from data.reading.index import Index
 from models.detectors.camera import CameraDetector
 from models.detectors.detector import Detector
@@ -25,7 +26,7 @@ def training_dataset(
     split: str,
     *,
     beside: Collection[Detector] = (),
-    bev: BevParams | None = None,
+    bev: BevConfig | None = None,
 ) -> NuScenesDataset:
     """A split, augmented, with what the detector reads and what its losses compare with.
 
@@ -45,8 +46,7 @@ def training_dataset(
             )
     changes: dict[str, Any] = {"frames": frames_of(params, *readers)}
     changes |= {} if bev is None else {"bev": bev.model_dump()}
-    grid = grown_grid(params, 0.0)
-    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=grid, **changes)
+    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=params.grid, **changes)
 
 
 def plain_dataset(
@@ -60,11 +60,11 @@ def plain_dataset(
 ) -> NuScenesDataset:
     """A split with the sensors that the detector says it reads, not augmented; no truth unless `boxes` are asked for.
 
-    `grid` crops it instead of that of params.yaml.
+    `grid` crops it instead of the parameters'.
     """
     modalities = {*detector.sensors, "boxes"} if boxes else detector.sensors
-    grid, changes = grid or grown_grid(params, 0.0), {"frames": frames_of(params, detector)}
-    return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid, **changes)
+    grid, frames = grid or params.grid, frames_of(params, detector)
+    return _dataset(root, params, split, train=False, modalities=modalities, seed=0, grid=grid, frames=frames)
 
 
 def frames_of(params: Params, *detectors: Detector) -> int:
@@ -81,15 +81,14 @@ def frames_of(params: Params, *detectors: Detector) -> int:
 
 
 def camera_dataset(root: Path, params: Params, split: str, size: tuple[int, int]) -> NuScenesDataset:
-    """The keyframe's images of a split, not augmented, height and width `size` whatever params.yaml has."""
-    grid, changes = grown_grid(params, 0.0), {"frames": 1, "depth_stride": 1, "image": {"size": size}}
-    return _dataset(root, params, split, train=False, modalities={"images"}, seed=0, grid=grid, **changes)
+    """The keyframe's images of a split, not augmented, height and width `size` whatever the parameters have."""
+    changes: dict[str, Any] = {"frames": 1, "depth_stride": 1, "image": {"size": size}}
+    return _dataset(root, params, split, train=False, modalities={"images"}, seed=0, grid=params.grid, **changes)
 
 
 def grown_grid(params: Params, halo: float) -> GridConfig:
-    """The grid of params.yaml, `halo` metres larger on every side."""
-    given = params.grid.model_dump()
-    return GridConfig(**given | {"range": given["range"] + halo})
+    """The grid of the parameters, `halo` metres larger on every side."""
+    return params.grid.model_copy(update={"range": params.grid.range + halo})
 
 
 def _dataset(
@@ -103,9 +102,8 @@ def _dataset(
     grid: GridConfig,
     **changes: Any,
 ) -> NuScenesDataset:
-    """A split with the input of params.yaml, `changes` laid over it."""
-    given = merge(params.input.model_dump(), changes)
-    config = InputConfig(**given | {"image": ImageConfig(**given["image"]), "bev": BevConfig(**given["bev"])})
+    """A split with the input of the parameters, `changes` laid over it."""
+    config = InputConfig.model_validate(merge(params.input.model_dump(), changes))
     return NuScenesDataset(
         Index.open(root / INDEX),
         root / params.data.dataroot,

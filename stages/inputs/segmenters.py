@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config.params import SegmenterParams
+from config.sections import SegmenterParams
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Segmenter, build_segmenter

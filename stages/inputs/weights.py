@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import xxhash
@@ -12,16 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
+from config.sections import ImportParams, PartStart, TeacherStart
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.inherit import inherited
 from stages.context import StageError
 from training.loading import load_weights
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
 
 Model = TypeVar("Model", bound=nn.Module)
+Starts = ImportParams | Sequence[TeacherStart | PartStart] | None
 
 
 def save_detector(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -56,6 +62,38 @@ def load_published(folder: Path, build: Callable[[dict[str, Any]], Model]) -> tu
     model = build(without_checkpoints(config))
     fill(model, weights, folder / WEIGHTS)
     return model.eval(), config
+
+
+def start_as_set(
+    detector: Detector, start: Starts, root: Path, parts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Give a detector the weights that it starts from, if it has any.
+
+    Args:
+        detector: gets the weights.
+        start: as the parameters name them.
+        root: of the project.
+        parts: sensor -> the teacher that is this part of the detector.
+
+    Raises:
+        StageError: a start is not there, or does not fit.
+    """
+    if isinstance(start, ImportParams):
+        start_from(detector, root / start.folder, start.checksum)
+        return
+    filled: dict[str, set[str]] = {}
+    for each in start or ():
+        teacher = parts[each.part] if isinstance(each, PartStart) else each.teacher
+        folder = root / "outputs/teachers" / teacher
+        if isinstance(each, TeacherStart) and each.only is None:
+            start_from(detector, folder, None)
+            filled[teacher] = set(detector.state_dict())
+        else:
+            filled[teacher] = start_in_part(detector, folder, each.only, resample=each.resample)
+    if filled:
+        new = sorted({name.rpartition(".")[0] for name in detector.state_dict().keys() - set().union(*filled.values())})
+        counts = ", ".join(f"{len(names)} weights from {teacher}" for teacher, names in filled.items())
+        logger.info("%s; new: %s", counts, ", ".join(new) or "nothing")
 
 
 def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
@@ -155,7 +193,7 @@ def _inherited(detector: Detector, module: str, found: Mapping[str, Tensor], sou
 
 
 def checksum_of(content: bytes) -> str:
-    """xxh3-128 of the bytes of a model.safetensors, as params.yaml names it."""
+    """xxh3-128 of the bytes of a model.safetensors, as the parameters name it."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -192,7 +230,7 @@ def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
         content = path.read_bytes()
         if checksum is not None and checksum != (found := checksum_of(content)):
             raise StageError(
-                f"the start {path} has checksum {found}, params.yaml says {checksum}: "
+                f"the start {path} has checksum {found}, the parameters say {checksum}: "
                 "put back the file that was meant, or write the new checksum"
             )
         return load(content)

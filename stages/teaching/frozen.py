@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from base.environment import cores
-from config.params import Params, StoreParams
+from config.params import Params
+from config.sections import StoreParams
 from data.reading.batch import Batch, collate
 from data.reading.dataset import NuScenesDataset
 from data.reading.instances import StoredInstances, pack
@@ -60,7 +61,7 @@ def freeze(root: Path, params: Params, store: StoreParams, folder: Path, device:
 
     Args:
         root: of the project.
-        params: the whole of params.yaml.
+        params: all parameters.
         store: the entry of `stores`.
         folder: of the teacher's weights.
         device: to run on.

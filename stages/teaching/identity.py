@@ -8,31 +8,23 @@ from typing import Final
 
 import xxhash
 
-from config.params import EXACT_TAPS, Params, StoreParams, TapParams
+from config.params import Params
+from config.sections import StoreParams, tap_kind
 from data.hashing import MissingFileError, hash_files
-from data.store import Encoding, StoreError, StoreIdentity
+from data.store import StoreError, StoreIdentity
 from stages.inputs.datasets import INDEX
+from stages.teaching.kinds import kind_of
 
-# The code that the contents of a store depend on, beside models and data/store.
+# The code that the contents of a store depend on: what dvc.yaml lists for `extract`, but for what says what it cost.
 CODE: Final = (
+    "data/reading",
+    "data/store",
+    "models",
     "stages/calibration.py",
     "stages/extract.py",
-    "stages/teaching/frozen.py",
-    "stages/inputs/datasets.py",
-    "stages/inputs/segmenters.py",
-    "stages/teaching/serving.py",
-    "stages/inputs/weights.py",
-    "data/reading/augment.py",
-    "data/reading/batch.py",
-    "data/reading/blobs.py",
-    "data/reading/boxes.py",
-    "data/reading/classes.py",
-    "data/reading/dataset.py",
-    "data/reading/geometry.py",
-    "data/reading/index.py",
-    "data/reading/coco_json.py",
-    "data/reading/instances.py",
-    "data/reading/sensors.py",
+    "stages/inputs",
+    "stages/teaching",
+    "training/loading.py",
 )
 
 
@@ -46,7 +38,7 @@ def store_identity(root: Path, params: Params, store: str, weights: str | None =
     described = {
         "split": params.data.splits.train,
         "taps": {name: tap.halo for name, tap in settings.cached.items()},
-        "score_threshold": settings.score_threshold if settings.cached.keys() & EXACT_TAPS else None,
+        "score_threshold": settings.score_threshold if any(tap_kind(name).exact for name in settings.cached) else None,
     }
     if settings.teacher not in params.segmenters:  # a segmenter's images are described beside its weights
         # At evaluation nothing else of `input` has an effect: a student's augmentation may change, its store stays.
@@ -56,13 +48,13 @@ def store_identity(root: Path, params: Params, store: str, weights: str | None =
             "grid": params.grid.model_dump(),
             "calibration_samples": params.store.calibration_samples,
         }
-    sources = [*(root / "models").glob("*.py"), *(root / "data/store").glob("*.py")]
+    sources = [file for path in CODE for file in sorted((root / path).rglob("*.py")) or [root / path]]
     try:
         return StoreIdentity(
             weights=weights or hash_files(root, [f"outputs/teachers/{settings.teacher}"]),
             preprocessing=xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()),
             index=hash_files(root, [INDEX]),
-            code=hash_files(root, [*CODE, *(str(path.relative_to(root)) for path in sources)]),
+            code=hash_files(root, [str(path.relative_to(root)) for path in sources]),
             encoding=describe(settings),
         )
     except MissingFileError as error:
@@ -71,10 +63,4 @@ def store_identity(root: Path, params: Params, store: str, weights: str | None =
 
 def describe(store: StoreParams) -> str:
     """The encodings of the cached taps in words."""
-    taps = store.cached.items()
-    return "; ".join(name if name in EXACT_TAPS else f"{name}: {encoding(tap)}" for name, tap in taps)
-
-
-def encoding(tap: TapParams) -> Encoding:
-    """The encoding that params.yaml asks for."""
-    return Encoding(tap.dtype, tap.channels, tap.cells, tap.compression)
+    return "; ".join(kind_of(name).words(name, tap) for name, tap in store.cached.items())

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from config.params import EXACT_TAPS
+from base.taps import TapRef
+from config.sections import tap_kind
 from data.reading.batch import collate
 from data.store import Store
 from models.detectors.detector import Detector
 from models.head.targets import TargetEncoder
 from stages.teaching.frozen import BATCH
-from stages.teaching.serving import box_rows, serve_head, serve_maps
+from stages.teaching.kinds import Stored, map_kind
+from stages.teaching.serving import box_rows
 
 
 class OnlineTeacher:
@@ -65,7 +67,7 @@ class OnlineTeacher:
         sums: dict[str, Tensor] = {}  # by tap [3, C]: cells, sum, sum of squares
         for batch in DataLoader(Subset(dataset, rows), BATCH, collate_fn=collate):
             for tap, maps in self(batch.to(self.device)).items():
-                if tap != "boxes":
+                if not tap_kind(tap).exact:
                     values = maps.double().transpose(0, 1).flatten(1)
                     part = torch.stack([torch.ones_like(values), values, values.square()]).sum(-1)
                     sums[tap] = sums[tap] + part if tap in sums else part
@@ -78,7 +80,7 @@ class Sources:
 
     Args:
         stores: by name, those that the batch holds cached taps of.
-        online: by name of their entry in `stores` of params.yaml, the teachers that run in the step.
+        online: by name of their entry in `stores`, the teachers that run in the step.
         extent: half the side of the student's grid in metres.
         targets: of the student; cached head maps are moved by them.
     """
@@ -92,40 +94,37 @@ class Sources:
     ) -> None:
         self.stores, self.online, self.extent, self.targets = dict(stores), dict(online), extent, targets
 
-    def cached(self, taps: Collection[str]) -> set[str]:
-        """Of `<store>.<tap>` those that the batch must hold, because no online teacher makes them."""
-        return set(taps) - {f"{name}.{tap}" for name, teacher in self.online.items() for tap in teacher.taps}
+    def cached(self, taps: Collection[TapRef]) -> set[TapRef]:
+        """Of taps those that the batch must hold, because no online teacher makes them."""
+        return set(taps) - {TapRef.of(name, tap) for name, teacher in self.online.items() for tap in teacher.taps}
 
     @torch.no_grad()
     def __call__(self, batch: Any) -> dict[str, Any]:
-        """By `<store>.<tap>`: maps [B, C, H, W] float32, beside each the cells that have a source as
-        `<store>.<tap>.valid` bool [B, 1, H, W], boxes as a list of [K, 11] (box, score, label), and instances as a
+        """By `TapRef`: maps [B, C, H, W] float32, beside each the cells that have a source under `TapRef.valid`,
+        bool [B, 1, H, W], boxes as a list of [K, 11] (box, score, label), and instances as a
         list over the samples of lists over the cameras (data.reading.instances.ImageInstances).
         """
         outputs: dict[str, Any] = {}
         for name, teacher in self.online.items():
             for tap, value in teacher(batch).items():
-                outputs[f"{name}.{tap}"] = value
-                if tap != "boxes":
-                    outputs[f"{name}.{tap}.valid"] = torch.ones_like(value[:, :1], dtype=torch.bool)
+                ref = TapRef.of(name, tap)
+                outputs[ref] = value
+                if not tap_kind(tap).exact:
+                    outputs[ref.valid] = torch.ones_like(value[:, :1], dtype=torch.bool)
         return outputs | self._from_stores(batch)
 
     def _from_stores(self, batch: Any) -> dict[str, Any]:
         outputs: dict[str, Any] = {}
-        for name, value in batch.teacher.items():
-            store, _, tap = name.partition(".")
-            if tap in EXACT_TAPS:
-                outputs[name] = value
-            elif not tap.endswith(".present"):
-                outputs[name], outputs[f"{name}.valid"] = self._dense(self.stores[store], tap, name, batch)
+        for name, store in self.stores.items():
+            for tap in store.taps:
+                ref, kind = TapRef.of(name, tap), map_kind(tap)
+                if ref not in batch.teacher:
+                    continue
+                value = batch.teacher[ref]
+                if kind is None:
+                    outputs[ref] = value
+                    continue
+                extent = store.taps[tap].extent or self.extent
+                stored = Stored(ref, value, batch.teacher.get(ref.present), store.calibration(tap), extent)
+                outputs[ref], outputs[ref.valid] = kind.served(stored, batch.bev_aug, self.extent, self.targets)
         return outputs
-
-    def _dense(self, store: Store, tap: str, name: str, batch: Any) -> tuple[Tensor, Tensor]:
-        """Maps of a store's tap and the cells that have a source."""
-        values, present = batch.teacher[name], batch.teacher.get(f"{name}.present")
-        calibration, reach = store.calibration(tap), store.taps[tap].extent or self.extent
-        if tap != "head":
-            return serve_maps(values, present, calibration, reach, batch.bev_aug, self.extent)
-        if self.targets is None:
-            raise ValueError(f"{name} is a cached head map: its boxes are moved by the student's targets, give them")
-        return serve_head(values, calibration, reach, batch.bev_aug, self.targets)

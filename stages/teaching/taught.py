@@ -7,19 +7,16 @@ for `stages.teaching.serving`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from base.taps import TapRef
 from data.reading.batch import Batch, Sample, collate
-from data.reading.boxes import transform_boxes
 from data.reading.dataset import NuScenesDataset, SampleKey
-from data.reading.instances import CameraBatch, ImageInstances, in_image, unpack
-from data.store import Store, StoreError
+from data.store import Store
+from stages.teaching.kinds import kind_of
 
 
 class TaughtSample(NamedTuple):
@@ -44,15 +41,14 @@ class TaughtDataset(Dataset[TaughtSample]):
         Args:
             dataset: of the samples.
             stores: by name.
-            taps: `<store>.<tap>` to read, all of them cached.
+            taps: to read, all of them cached.
 
         Raises:
             StoreError: naming the sample or tap that a store lacks.
         """
         self.dataset, self.stores = dataset, dict(stores)
-        self.taps = {
-            name: [tap.partition(".")[2] for tap in sorted(taps) if tap.partition(".")[0] == name] for name in stores
-        }
+        refs = sorted(map(TapRef, taps))
+        self.taps = {name: [ref.tap for ref in refs if ref.store == name] for name in stores}
         for name, store in self.stores.items():
             store.require(dataset.tokens, self.taps[name])
 
@@ -65,7 +61,7 @@ class TaughtDataset(Dataset[TaughtSample]):
         outputs: dict[str, Any] = {}
         for name, store in self.stores.items():
             for tap, array in store.read(sample.token, self.taps[name]).items():
-                outputs[f"{name}.{tap}"] = _MOVED[tap](array, sample) if tap in _MOVED else array
+                outputs[TapRef.of(name, tap)] = kind_of(tap).moved(array, sample)
         return TaughtSample(sample, outputs)
 
 
@@ -73,26 +69,5 @@ def collate_taught(samples: Sequence[TaughtSample]) -> Batch:
     """`collate` with `Batch.teacher`: boxes and instances as lists over the samples, dense maps stacked."""
     batch = collate([taught.sample for taught in samples])
     for name in samples[0].teacher:
-        if name.endswith(".inst2d"):
-            batch.teacher[name] = CameraBatch.of([taught.teacher[name] for taught in samples])
-            continue
-        tensors = [torch.from_numpy(taught.teacher[name]) for taught in samples]
-        # In a worker torch's collate stacks straight into shared memory; np.stack's result is copied there again.
-        batch.teacher[name] = tensors if name.endswith(".boxes") else default_collate(tensors)
+        batch.teacher[name] = kind_of(TapRef(name).tap).collated([taught.teacher[name] for taught in samples])
     return batch
-
-
-def _augmented_boxes(boxes: NDArray[np.float32], sample: Sample) -> NDArray[np.float32]:
-    moved: NDArray[np.float32] = transform_boxes(torch.from_numpy(boxes), sample.bev_aug).numpy()
-    return moved
-
-
-def _augmented_instances(packed: NDArray[np.uint8], sample: Sample) -> list[ImageInstances]:
-    height, width = sample.images.shape[-2:]
-    try:
-        return in_image(unpack(packed), sample.image_aug[0].numpy().astype(np.float64), (height, width))
-    except ValueError as error:
-        raise StoreError(f"tap inst2d of sample {sample.token}: {error}. Run its extract stage again") from error
-
-
-_MOVED: dict[str, Callable[[NDArray[Any], Sample], Any]] = {"boxes": _augmented_boxes, "inst2d": _augmented_instances}

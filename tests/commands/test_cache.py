@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 
 from base.environment import ROOMS, die_with_parent
 from base.errors import PipelineError
-from config.params import StoreParams, merge
+from config.files import read_params
+from config.nested import merge
+from config.sections import StoreParams
 from data.drawing.pictures import Boxes, draw_map, feature_colours
 from data.preparing.build import build_index
 from data.store import Encoding, Store, TapSpec
@@ -31,6 +32,7 @@ from pipeline.commands.cache import plan
 from pipeline.commands.cache.plan import TRAINVAL, StoreCost, describe, tap_costs
 from pipeline.commands.cache.table import duration, table
 from stages.inputs.weights import save_detector
+from tests.params_files import copy_params, write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 4
@@ -105,16 +107,14 @@ class Project:
 
     @property
     def params(self) -> dict[str, Any]:
-        """What params.yaml says."""
-        text = (self.root / "params.yaml").read_text()
-        return json.loads(json.dumps(YAML(typ="safe").load(text)))
+        """What the parameters say."""
+        return json.loads(json.dumps(read_params(self.root)))
 
     def write(self, params: dict[str, Any]) -> None:
-        with (self.root / "params.yaml").open("w") as file:
-            YAML(typ="safe").dump(params, file)
+        write_params(self.root, params)
 
     def set(self, **changes: Any) -> None:
-        """Lay changes over params.yaml."""
+        """Lay changes over the parameters."""
         self.write(merge(self.params, changes))
 
     @property
@@ -128,14 +128,15 @@ def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("built") / "project"
     for room in ROOMS:
         shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("params.yaml", "dvc.yaml", ".dvc/config", ".dvcignore"):
+    copy_params(root)
+    for file in ("dvc.yaml", ".dvc/config", ".dvcignore"):
         (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, root / file)
     subprocess.run(["git", "init", "-q", str(root)], check=True)
     shutil.copytree(city, root / "outputs/city")
     project = Project(root)
     plain = {"student": "camera", "terms": {}}
-    study = {"teachers": ["lidar", "start"], "fusions": [], "segmenters": [], "stores": ["lidar"]}
+    study = {"teachers": ["lidar", "start"], "fusions": {}, "large": {}, "segmenters": [], "stores": ["lidar"]}
     project.write(
         project.params
         | {"stores": STORES, "variants": {"plain": plain}}
@@ -367,7 +368,7 @@ def test_ls_says_what_each_store_is_worth(project: Project) -> None:
     project.set(stores={"lidar": {"taps": {"bev_lift": {"dtype": "int8"}}}})
     text = project.cache("ls")
     assert "stale: encoding" in text
-    assert "unnamed: params.yaml has no such store" in text
+    assert "unnamed: the parameters have no such store" in text
     assert "unfinished: of other parameters (cache gc)" in text
     flip(project.store / "manifest.json")
     (project.root / "outputs/stores/old/manifest.json").unlink()

@@ -11,11 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config.params import load_params, merge, read_yaml
+from config.files import load_params, read_params
+from config.nested import merge
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
@@ -39,6 +39,7 @@ from tests.models.factory import (
     simulated_config,
     trained,
 )
+from tests.params_files import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "two-words-3"
@@ -72,8 +73,7 @@ def root(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "input": {"image": {"size": [32, 64]}},
         "evaluate": {"score_threshold": 0.3},
     }
-    with (root / "params.yaml").open("w") as file:
-        YAML().dump(merge(read_yaml(ROOT / "params.yaml"), overlay), file)
+    write_params(root, merge(read_params(ROOT), overlay))
     models = {f"students/{KEY}": camera_config(), "teachers/lidar": lidar_config(), "teachers/fusion": fusion_config()}
     for folder, config in models.items():
         save_detector(root / "outputs" / folder, config, grown_up(config).state_dict())
@@ -95,7 +95,7 @@ def description(exported: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def given(root: Path) -> dict[str, Tensor]:
     detector = load_detector(root / f"outputs/students/{KEY}")
-    return export.read_inputs(root, load_params(root / "params.yaml"), detector, 1)[0]
+    return export.read_inputs(root, load_params(root), detector, 1)[0]
 
 
 def test_the_files_compute_what_the_student_computes(
@@ -311,7 +311,7 @@ def test_too_many_returns_are_not_cut_off() -> None:
 
 def test_a_student_of_another_image_size_gets_its_own(root: Path) -> None:
     """The keyframe at the size that the student brings images to, of as many frames as it reads."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     detector = build_detector(camera_config(image=[64, 128], frames=2))
     (inputs,) = export.read_inputs(root, params, detector, 1)
     assert inputs["images"].shape == (1, 2, 6, 3, 64, 128)

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from base.errors import PipelineError
-from config.params import Params, merge
+from config.nested import merge
+from config.params import Params
 from models.detectors.segmenter import build_segmenter
 from pipeline.commands.import_segmenter import run
 from stages.inputs.segmenters import InstanceFinder
@@ -102,7 +103,7 @@ def test_it_finds_what_mmdet_finds(tmp_path: Path, preprocessor: dict[str, Any])
 def test_what_is_printed_fits_params_and_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, config = write(tmp_path, mmdet_model(IMAGENET), "a.safetensors", classes=NUIMAGES, image=[32, 64])
     folder = import_it(tmp_path, file, config, trust=False)
-    head, _, text = capsys.readouterr().out.partition("For params.yaml:")
+    head, _, text = capsys.readouterr().out.partition("For params/segmenters.yaml and params/stores.yaml:")
     given = YAML(typ="safe").load(text)
     entry = given["segmenters"]["one"]
     assert entry["start"]["checksum"] in head

@@ -13,8 +13,7 @@ import pytest
 from pyquaternion import Quaternion
 
 from data.preparing.build import build_index
-from data.reading.augment import BevConfig, ImageConfig
-from data.reading.dataset import GridConfig, InputConfig
+from data.reading.config import BevConfig, GridConfig, ImageConfig, InputConfig
 from data.reading.index import CAMERAS, LIDAR, RADARS, Index
 
 VERSION = "v1.0-mini"

@@ -16,11 +16,11 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from data.reading.augment import ImageConfig
 from data.reading.blobs import BlobError
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances, ImageBatch, collate_images
 from data.reading.coco_json import CocoError
+from data.reading.config import ImageConfig
 
 RAW = (60, 100)
 SQUARE = [10.0, 20.0, 40.0, 20.0, 40.0, 50.0, 10.0, 50.0]  # a polygon's corners

@@ -19,7 +19,8 @@ from data.reading.batch import Batch, Sample, collate
 from data.reading.blobs import BlobError
 from data.reading.boxes import boxes_in_range, points_in_boxes, transform_boxes
 from data.reading.classes import CATEGORY_TO_CLASS, CLASSES
-from data.reading.dataset import GridConfig, InputConfig, NuScenesDataset
+from data.reading.config import GridConfig, InputConfig
+from data.reading.dataset import NuScenesDataset
 from data.reading.geometry import inverse, project
 from data.reading.index import CAMERAS, LIDAR, RADARS, Index
 from data.reading.sensors import depth_map, load_points, load_radar, read_points

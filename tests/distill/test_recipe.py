@@ -547,7 +547,7 @@ def test_terms_that_make_no_sense_are_named(student: Detector, term: dict[str, A
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teacher": "lidar"}, "must be <teacher>.<tap>"),
+        ({"teacher": "lidar"}, "must be <store>.<tap>"),
         ({"distance": "cosine"}, "distance"),
         ({"weight": -1}, "weight"),
         ({"wieght": 1}, "wieght"),

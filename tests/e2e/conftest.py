@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.params_files import lay_text
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytecode is written (tests/conftest.py), as on a user's machine: its folders appear inside the stages' dependencies.
@@ -45,7 +46,7 @@ class Project:
         return subprocess.Popen(command, cwd=self.root, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
     def profile(self, name: str) -> None:
-        """Lay a profile over params.yaml."""
+        """Lay a profile over the parameters."""
         self.run(sys.executable, "-m", "pipeline", "profile", name)
 
     def repro_until(self, stage: str, reached: Callable[[], bool]) -> str:
@@ -76,13 +77,9 @@ class Project:
         return {path.parent.name: path.read_text() for path in found}
 
 
-def set_study(params: Path, changes: Mapping[str, Any]) -> None:
-    """Set entries of `study` in params.yaml, each a line of its own there."""
-    text = params.read_text()
-    for key, value in changes.items():
-        text, count = re.subn(rf"(?m)^  {key}: (\[|null).*$", f"  {key}: {json.dumps(value)}", text)
-        assert count == 1, key
-    params.write_text(text)
+def set_study(root: Path, changes: Mapping[str, Any]) -> None:
+    """Set entries of `study`."""
+    lay_text(root, f"study: {json.dumps(changes)}\n")
 
 
 def is_stage(process: psutil.Process, stage: str) -> bool:

@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 
-from config.params import load_params
-from config.profiles import lay_over
+from config.files import load_params
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
 from stages.inputs.datasets import INDEX
 from stages.inputs.weights import save_detector
 from tests.e2e.conftest import Project
+from tests.params_files import lay_text
 
 pytestmark = pytest.mark.xdist_group("real")
 VERSION, SPLITS = "v1.0-mini", ("mini_train", "mini_val")
@@ -25,11 +25,10 @@ VERSION, SPLITS = "v1.0-mini", ("mini_train", "mini_val")
 
 @pytest.mark.timeout(600)
 def test_a_student_leaves_with_real_calibration(project: Project, real_dataroot: Path) -> None:
-    """A student of params.yaml, at its size, on both keyframes: the files are there, and the figures are printed."""
-    path = project.root / "params.yaml"
+    """A student of the parameters, at its size, on both keyframes: the files are there, and the figures are printed."""
     data = f"{{worlds: [], dataroot: {real_dataroot}, version: {VERSION}, splits: {{val: {SPLITS[1]}}}}}"
-    path.write_text(lay_over(path.read_text(), f"data: {data}\n", "test"))
-    params = load_params(path)
+    lay_text(project.root, f"data: {data}\n")
+    params = load_params(project.root)
     build_index(real_dataroot, VERSION, SPLITS, project.root / INDEX, sweeps=params.input.sweeps)
     torch.manual_seed(0)
     config = params.students["camera-small"].model

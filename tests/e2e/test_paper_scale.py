@@ -22,8 +22,9 @@ from mmdet3d.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
-from config.params import Params, load_params
-from config.profiles import apply_profile, lay_over
+from config.files import load_params
+from config.params import Params
+from config.profiles import apply_profile
 from data.preparing.build import build_index
 from data.reading.batch import Batch, collate
 from data.reading.boxes import box_corners, transform_boxes
@@ -39,6 +40,7 @@ from stages.inputs.datasets import INDEX, training_dataset
 from stages.teacher import Supervised
 from stages.teaching.sources import OnlineTeacher
 from tests.conftest import ROOT
+from tests.params_files import copy_params, lay_text
 from training.sampler import ClassBalance
 from training.seeding import MODEL, seed_everything
 from training.trainer import minimised, precision_here
@@ -83,19 +85,19 @@ def _give_memory_back() -> Iterator[None]:
 
 @pytest.fixture(params=DEPTH)
 def params(request: pytest.FixtureRequest, tmp_path: Path) -> Params:
-    """A profile laid over the project's params.yaml."""
+    """A profile laid over the project's parameters."""
     return laid_over(request.param, tmp_path)
 
 
 @pytest.fixture
 def simdistill(tmp_path: Path) -> Params:
-    """SimDistill's profile laid over the project's params.yaml."""
+    """SimDistill's profile laid over the project's parameters."""
     return laid_over("nuscenes-simdistill", tmp_path)
 
 
 def laid_over(profile: str, folder: Path) -> Params:
-    """A profile laid over a copy of the project's params.yaml."""
-    shutil.copy(ROOT / "params.yaml", folder)
+    """A profile laid over a copy of the project's parameters."""
+    copy_params(folder)
     shutil.copytree(ROOT / "profiles", folder / "profiles")
     return apply_profile(profile, folder)
 
@@ -362,15 +364,14 @@ def on_real_keyframes(params: Params, dataroot: Path, folder: Path) -> Params:
 
 
 def halved(params: Params, folder: Path) -> Params:
-    """The folder's params.yaml with images of half the height and width."""
+    """The folder's parameters with images of half the height and width."""
     return overlaid(f"input: {{image: {{size: {[length // 2 for length in params.input.image.size]}}}}}\n", folder)
 
 
 def overlaid(text: str, folder: Path) -> Params:
-    """The folder's params.yaml with other values."""
-    path = folder / "params.yaml"
-    path.write_text(lay_over(path.read_text(), text, "test"))
-    return load_params(path)
+    """The folder's parameters with other values."""
+    lay_text(folder, text)
+    return load_params(folder)
 
 
 def teacher_outputs(params: Params, batch: Batch) -> dict[str, Any]:

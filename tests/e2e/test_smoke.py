@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from config.files import lay, read_texts
 from tests.e2e.conftest import Project, set_study
 from tests.e2e.forks import calls, run_all
+from tests.params_files import edit_params
 from tests.readme import ACTIVATE, runnable
 from tests.walks import functions, misled
 
@@ -23,8 +25,8 @@ pytestmark = pytest.mark.xdist_group("e2e")
 # What is killed, and what that needs: every kind of stage that trains or extracts for long.
 STUDY = {
     "teachers": ["lidar", "start"],
-    "fusions": ["fusion"],
-    "large": [],
+    "fusions": {"fusion": {"lidar": "lidar", "camera": "start"}},
+    "large": {},
     "segmenters": [],
     "stores": ["lidar", "fusion"],
     "variants": ["baseline", "modal", "simdistill"],
@@ -89,16 +91,9 @@ def test_killed_run_ends_like_an_undisturbed_one(project: Project) -> None:
 def make_small(project: Project) -> None:
     """The smoke profile with fewer arms, a checkpoint after every step, and small shards: time to be killed in."""
     project.profile("smoke")
-    params = project.root / "params.yaml"
-    text = params.read_text()
-    for pattern, changed in (
-        (r"train: (&\w+ )?\{epochs: 1,", r"train: \1{checkpoint_minutes: 0.0, epochs: 2,"),
-        (r"shard_samples: 8", "shard_samples: 2"),
-    ):
-        text, count = re.subn(pattern, changed, text)
-        assert count >= 1, pattern
-    params.write_text(text)
-    set_study(params, STUDY)
+    longer = (r"train: (&\w+ )?\{epochs: 1,", r"train: \1{checkpoint_minutes: 0.0, epochs: 2,")
+    edit_params(project.root, [longer, (r"shard_samples: 8", "shard_samples: 2")])
+    set_study(project.root, STUDY)
 
 
 def check_report(project: Project) -> None:
@@ -121,22 +116,28 @@ def check_second_run_does_nothing(project: Project) -> None:
 
 def check_changed_weight_touches_one_variant(project: Project) -> None:
     """Another weight of one variant's term reruns that variant and what follows from it, nothing else."""
-    params = project.root / "params.yaml"
-    text = params.read_text()
-    changed, count = re.subn(r"(?m)^(  modal: .*xfd: )\*xfd,", r"\1{<<: *xfd, weight: 0.123},", text)
-    assert count == 1
-    params.write_text(changed)
-    plan = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout
-    status = project.run("dvc", "status").stdout
-    params.write_text(text)
-    assert "weight: 3.0 -> 0.123" in plan
-    running = {line.split()[0] for line in plan.splitlines() if " run " in line}
-    # check, cost: DVC knows `variants` as a whole.
-    assert running == {"check", "needs@modal", "distill@modal-0", "cost", "film", "report"}
-    perhaps = {line.split()[0] for line in plan.splitlines() if " perhaps " in line}
-    assert {"predict@modal-0", "evaluate@modal-0"} < perhaps
-    assert "distill@baseline-0" not in status
-    assert "teacher@lidar" not in status
+    before = read_texts(project.root)
+    edit_params(
+        project.root,
+        [(r"(?m)^(  modal: .*terms: ).*", r"\1{xod_cls: {}, xod_reg: {}, xfd: {weight: 0.123}, xat: {}}}")],
+    )
+    needs = [f"needs@{variant}" for variant in STUDY["variants"]]
+    # DVC knows the files of arms as a whole: what reads them looks, and what learns runs again if that is different.
+    plan = planned(project)
+    assert plan["run"] == {"check", *needs, "cost", "film", "report"}
+    assert not [name for name in plan["perhaps"] if name.startswith(("teacher", "fusion", "extract"))]
+    project.run("dvc", "repro", *needs)
+    plan = planned(project)
+    assert {name for name in plan["run"] if name.startswith("distill")} == {"distill@modal-0"}
+    assert {name for name in plan["perhaps"] if name.startswith("predict")} == {"predict@modal-0"}
+    lay(before, project.root)
+    project.run("dvc", "repro", *needs)
+
+
+def planned(project: Project) -> dict[str, set[str]]:
+    """Action -> the stages of which the flow says so."""
+    lines = project.run(sys.executable, "-m", "pipeline", "run", "--dry-run").stdout.splitlines()[1:-1]
+    return {action: {line.split()[0] for line in lines if line.split()[1] == action} for action in ("run", "perhaps")}
 
 
 def check_metrics_fit_a_screen(project: Project) -> None:
@@ -156,7 +157,8 @@ def check_commands_of_readme(project: Project) -> None:
         else:
             project.run("bash", "-ec", f"{ACTIVATE}\n{command}")
     status = project.run("git", "status", "--short").stdout
-    assert {line.split()[-1] for line in status.splitlines()} == {"params.yaml", "dvc.lock", "reports/"}
+    changed = {line.split()[-1] for line in status.splitlines()}
+    assert {name for name in changed if not name.startswith("params")} == {"dvc.lock", "reports/"}
     project.run("make", "clean")
     assert project.run("git", "status", "--short").stdout == status
 

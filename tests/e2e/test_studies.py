@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from config.params import load_params
+from config.files import load_params
 from tests.e2e.conftest import Project
 from tests.e2e.forks import run_all
+from tests.params_files import edit_params
 
 pytestmark = pytest.mark.whole
 
@@ -33,16 +33,14 @@ def test_studies_run_all_their_rows_and_share_the_rest(project: Project) -> None
 
 
 def run_study(project: Project, name: str) -> set[str]:
-    """Lay a study over params.yaml and run its stages; every variant is trained, scored and in the table.
+    """Lay a study over the parameters and run its stages; every variant is trained, scored and in the table.
 
     Returns:
         The stages that ran.
     """
     project.run(sys.executable, "-m", "pipeline", "study", name, "--profile", "smoke")
-    params = project.root / "params.yaml"
     # Studies train some models for long; that evaluations draw pictures is seen in test_smoke.py.
-    short = re.sub(r"epochs: \d+", "epochs: 1", params.read_text())
-    params.write_text(re.sub(r"pictures: \d+", "pictures: 0", short))
+    edit_params(project.root, [(r"epochs: \d+", "epochs: 1"), (r"pictures: \d+", "pictures: 0")])
     ran = run_all(project.root)
     check_table(project.root)
     return ran
@@ -50,7 +48,7 @@ def run_study(project: Project, name: str) -> set[str]:
 
 def check_table(root: Path) -> None:
     """Every variant has its line of metrics, with its row of the paper if it has one, and behind it a line of costs."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     lines = (root / "reports/table.md").read_text().splitlines()
     for variant in params.study.variants:
         line, *others = [line for line in lines if line.startswith((f"| {variant} |", f"| {variant} ("))]

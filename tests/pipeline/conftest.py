@@ -16,16 +16,33 @@ from filelock import FileLock
 from base.environment import die_with_parent
 from config.profiles import apply_profile
 from pipeline.processes import stop_groups
+from tests.params_files import copy_params
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_database(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """An empty database of a Prefect server, made once per test session: a server takes eleven seconds for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "prefect"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            environment = os.environ | {"PREFECT_HOME": str(folder)}
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return folder / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[str]:
     """A Prefect server for the tests of the group `prefect-server`."""
-    port = free_port()
+    port, home = free_port(), tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, home)
     environment = os.environ | {
-        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_ENABLED": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
@@ -62,8 +79,8 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The repository's params.yaml at profile `demo`, beside its profiles."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    """The repository's parameters at profile `demo`, beside its profiles."""
+    copy_params(tmp_path)
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     apply_profile("demo", tmp_path)
     return tmp_path

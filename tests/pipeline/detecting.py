@@ -18,6 +18,7 @@ from models.detectors.detector import Detector
 from models.ports import Batch
 from tests.models.factory import CAMERAS, camera_config, random_batch, random_boxes
 from tests.training.toy import config
+from training.run import Run
 from training.trainer import train
 
 CHANNELS = {"large.bev_lift": 12, "large.bev_prev": 12, "large.bev_view": 12 * CAMERAS, "large.head": 70}
@@ -132,6 +133,6 @@ def fit(scratch: Path, tracker: Any, stop: Callable[[], bool]) -> dict[str, Tens
     """Train for four steps of four scenes; writes state.safetensors."""
     torch.set_num_threads(1)
     settings = config(epochs=2, batch_size=4, lr=1e-4, ema_decay=0.0)
-    state = train(StudentTask(), Scenes(), collate, settings, seed=3, scratch=scratch, tracker=tracker, stop=stop)
+    state = train(StudentTask(), Scenes(), collate, settings, Run(3, scratch, tracker, stop))
     save_file(state, scratch / "state.safetensors")
     return state

@@ -20,6 +20,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from base.environment import die_with_parent
+from config.files import read_params
 from tests.pipeline import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,26 +33,25 @@ KEPT = {
     "terms": [],
     "variants": ["baseline", "xod", "xfd"],
 }
-"""What the params.yaml of tiny projects has of sections that are long."""
+"""What the parameters of tiny projects have of sections that are long."""
 
 
 @cache
 def params_json() -> str:
-    """The repository's params.yaml as JSON, which has no anchors."""
-    return json.dumps(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+    """The repository's parameters as JSON, which has no anchors."""
+    return json.dumps(read_params(ROOT))
 
 
 def params_text(**changes: Any) -> str:
-    """The repository's params.yaml, plain, with values set by dotted key (`__` for the dots), or REMOVED."""
+    """The repository's parameters in one file, plain, with values set by dotted key (`__` for the dots), or REMOVED."""
     raw = json.loads(params_json())
     raw |= {
         "profile": "demo",
         "seed": 0,
         "study": {
             "teachers": ["lidar", "start"],
-            "parts": {"lidar": "lidar", "camera": "start"},
-            "fusions": [],
-            "large": [],
+            "fusions": {},
+            "large": {},
             "segmenters": [],
             "stores": ["lidar"],
             "variants": ["baseline", "xod"],

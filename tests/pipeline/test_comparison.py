@@ -18,7 +18,9 @@ from mlflow.entities import DatasetInput, Run
 from PIL import Image
 
 from config import graph
-from config.params import Params, merge, read_yaml
+from config.files import read_params
+from config.nested import merge
+from config.params import Params
 from results.report.results import load_study
 from results.tracking import runs as tracking
 from results.tracking import sending
@@ -64,13 +66,13 @@ def write_lock(root: Path, keys: list[str]) -> None:
 
 def params_of(train: dict[str, Any] | None = None, **study: Any) -> Params:
     """The repository's parameters, with a study of a baseline and one row; `train` is what the row trains with."""
-    overlay: dict[str, Any] = {"name": "small", "teachers": ["lidar", "start"], "fusions": [], "large": []}
+    overlay: dict[str, Any] = {"name": "small", "teachers": ["lidar", "start"], "fusions": {}, "large": {}}
     overlay |= {"segmenters": [], "stores": ["lidar"], "variants": ["baseline", "xod"], "baselines": []}
     overlay |= {"featured": [], "seeds": [0, 1]}
     overlay |= study
     row = {"xod": {"train": train or {}}}
     changes = {"profile": "demo", "variants": row, "study": overlay}
-    return Params.model_validate(merge(read_yaml(ROOT / "params.yaml"), changes))
+    return Params.model_validate(merge(read_params(ROOT), changes))
 
 
 @pytest.fixture

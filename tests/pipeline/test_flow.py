@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def test_diamond_with_a_temporary_server(make_project: Callable[..., Project], d
     for name in ("left", "right"):
         project.write(f"hold-{name}", "")
     flow = project.start("pipeline", "run", "--max-parallel", "2")
-    wait_until(lambda: {"left", "right"} <= set(Trace(project).names("begin")))  # both run, and neither has ended
+    # Both run, and neither has ended; a server that is new here makes its database first.
+    wait_until(lambda: {"left", "right"} <= set(Trace(project).names("begin")), 120)
     for name in ("left", "right"):
         (project.root / f"hold-{name}").unlink()
     output, _ = flow.communicate(timeout=90)
@@ -351,9 +353,11 @@ def test_groups_that_ignore_sigterm_are_killed() -> None:
 
 
 def test_servers_work_and_end_together(
-    make_project: Callable[..., Project], database: str, monkeypatch: pytest.MonkeyPatch
+    make_project: Callable[..., Project], database: str, prefect_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make_project(MLFLOW_TRACKING_URI=database)
+    (project.root / ".prefect").mkdir()
+    shutil.copy(prefect_database, project.root / ".prefect")
     prefect, mlflow = free_port(), free_port()
     up = project.start("pipeline", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow))
 
@@ -378,4 +382,3 @@ def test_servers_work_and_end_together(
     up.terminate()
     up.communicate(timeout=30)
     assert project.processes() == []
-    assert Path(project.root / ".prefect").is_dir()

@@ -1,4 +1,4 @@
-"""params.yaml: the repository's is valid, and a mistake is named with its key, its value and what is allowed."""
+"""The parameters: the repository's are valid, and a mistake is named with its key, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from config.params import Params, ParamsError, flatten, load_params, merge, split_key
+from config.files import load_params
+from config.nested import flatten, merge
+from config.params import Params, ParamsError, split_key
 from tests.pipeline.project import REMOVED, ROOT, params_text
 
 
 def broken(tmp_path: Path, **changes: Any) -> str:
     """The message for params.yaml with changes."""
-    path = tmp_path / "params.yaml"
-    path.write_text(params_text(**changes))
+    (tmp_path / "params.yaml").write_text(params_text(**changes))
     with pytest.raises(ParamsError) as error:
-        load_params(path)
+        load_params(tmp_path)
     return str(error.value)
 
 
 def test_repository_is_valid() -> None:
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(ROOT)
     assert params.study.variants
     assert params.student(params.study.variants[0]).train.epochs == params.students["camera"].train.epochs
 
@@ -80,11 +81,27 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             {"variants__xod__terms": {"tm": RELATION}},
             ["'lidar.bev_prev' names a tap that stores.lidar.taps lacks, which the term reads beside its own"],
         ),
-        *(({f"variants__{bad}": PLAIN}, [f"variants: {bad!r} is no name"]) for bad in ("kd-w0.5", "a b", "a/b", "12")),
-        *(({"variants": {"baseline": PLAIN, bad: PLAIN}}, [f"{bad!r} is no name: it must be"]) for bad in (12, None)),
+        *(
+            ({f"variants__{bad}": PLAIN}, [f"variants.{bad}: no name: it is made of"])
+            for bad in ("kd-w0.5", "a b", "a/b", "12")
+        ),
+        *(
+            ({"variants": {"baseline": PLAIN, bad: PLAIN}}, [f"variants.{bad}: no name: it is made of"])
+            for bad in (12, None)
+        ),
         ({"resources__teacher__gpus": "all"}, ["resources.teacher.gpus: 'all'", "integer"]),
         ({"resources__teacher__cpus": REMOVED}, ["resources.teacher.cpus: missing"]),
         ({"resources__predict__nodes": 2}, ["resources.predict.nodes: unknown key", "allowed: gpus, cpus, hours"]),
+        ({"data__version": "v1.0-test"}, ["data.version: no city can be made for 'v1.0-test'"]),
+        (
+            {"variants__xod__truth": False, "variants__xod__terms": {"xfd": RELATION | {"distance": "l1"}}},
+            ["variants.xod.truth: false, and its head needs a term to learn from"],
+        ),
+        (
+            {"students__camera__start": {"teachr": "start"}},
+            ["students.camera.start.0.teachr: unknown key; did you mean"],
+        ),
+        ({"students__camera__start": {"folder": "x"}}, ["students.camera.start.checksum: missing"]),
         ({"study__seeds": [0, -1]}, ["study.seeds.1: -1"]),
         ({"study__stores": ["lydar"]}, ["study.stores", "'lydar'", "did you mean 'lidar'"]),
         ({"study__stores": ["lidar", "lidar"]}, ["study.stores", "'lidar' is listed more than once"]),
@@ -132,7 +149,10 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
                 "is not in study.teachers ['lidar', 'start'], study.fusions [] or study.large []",
             ],
         ),
-        ({"study__parts": {"lidar": "lidar"}, "study__fusions": REMOVED}, ["camera: missing", "fusions: missing"]),
+        (
+            {"study__large": {"camera-large": {"lidar": "lidar"}}, "study__fusions": REMOVED},
+            ["study.large.camera-large.camera: missing", "camera-large.lidar: unknown key", "study.fusions: missing"],
+        ),
         ({"segmenters__instance__train": None}, ["segmenters.instance", "train and start are both null"]),
         ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
         ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
@@ -149,7 +169,8 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
         ),
         ({"teachers__lidar__train__warmup": 1.5}, ["warmup", "1.5", "less than 1"]),
         ({"input__image__size": [128, 360]}, ["input", "[128, 360]", "multiples of 32"]),
-        ({"input__depth_stride": 48}, ["multiples of 96", "depth_stride is 48"]),
+        ({"input__depth_stride": 48}, ["input: image.size [128, 352] must be multiples of depth_stride 48"]),
+        ({"input__depth_stride": 44, "input__image__size": [176, 352]}, ["multiples of 352", "depth_stride is 44"]),
         ({"study__seeds": [0, 0]}, ["study.seeds", "more than once"]),
         ({"data__version": "v1.0"}, ["data.version", "'v1.0'", "v1.0-mini"]),
     ],
@@ -163,7 +184,7 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], parts: list
 def test_duplicate_keys_are_errors(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(params_text() + "seed: 1\n")
     with pytest.raises(ParamsError, match="not valid YAML"):
-        load_params(tmp_path / "params.yaml")
+        load_params(tmp_path)
 
 
 def test_more_sweeps_than_the_city_has(tmp_path: Path) -> None:
@@ -171,43 +192,49 @@ def test_more_sweeps_than_the_city_has(tmp_path: Path) -> None:
     message = broken(tmp_path, input__sweeps=99, **world)
     assert "input.sweeps: 99" in message
     assert "city.sweeps" in message
-    path = tmp_path / "params.yaml"  # a real dataroot has more sweeps than the city
-    path.write_text(params_text(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes"))
-    assert load_params(path).input.sweeps == 99
+    # A real dataroot has more sweeps than the city.
+    (tmp_path / "params.yaml").write_text(
+        params_text(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes")
+    )
+    assert load_params(tmp_path).input.sweeps == 99
 
 
 def test_unknown_profile_only_where_there_are_profiles(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(params_text(profile="domo"))
-    assert load_params(tmp_path / "params.yaml").profile == "domo"
+    assert load_params(tmp_path).profile == "domo"
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "demo.yaml").write_text("{}")
     with pytest.raises(ParamsError, match=r"profile: 'domo' is unknown; did you mean 'demo'"):
-        load_params(tmp_path / "params.yaml")
+        load_params(tmp_path)
 
 
 def test_missing_file_and_wrong_shape(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="does not exist"):
-        load_params(tmp_path / "params.yaml")
+        load_params(tmp_path)
     (tmp_path / "params.yaml").write_text("- a\n")
     with pytest.raises(ParamsError, match="mapping"):
-        load_params(tmp_path / "params.yaml")
+        load_params(tmp_path)
 
 
 def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
     terms = {"cls": BOXES | {"teacher": "online.boxes"}}
-    path = tmp_path / "params.yaml"
-    path.write_text(params_text(stores__online=ONLINE, study__stores=[], variants__xod__terms=terms))
-    params = load_params(path)
+    (tmp_path / "params.yaml").write_text(
+        params_text(stores__online=ONLINE, study__stores=[], variants__xod__terms=terms)
+    )
+    params = load_params(tmp_path)
     assert params.stores["online"].cached == {}
     assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
 
 
 @pytest.fixture(scope="module")
 def values() -> dict[str, Any]:
-    """The repository's params.yaml with one teacher of each part and no fusion teacher in its study, parsed once."""
+    """The repository's parameters with one teacher of each part and no fusion teacher in its study, parsed once."""
     return YAML(typ="safe", pure=True).load(params_text())
 
 
+CAMERA = {"camera": "start"}
+PARTS = CAMERA | {"lidar": "lidar"}
+FUSION = {"fusion": PARTS}
 CAMERA_START = [{"teacher": "start", "only": ["images"]}, {"teacher": "fusoin"}]
 OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
 
@@ -215,32 +242,46 @@ OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"study": {"fusions": ["fusoin"]}}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
-        ({"study": {"fusions": ["fusion", "fusion"]}}, ["study.fusions: 'fusion' is listed more than once"]),
+        ({"study": {"fusions": {"fusoin": PARTS}}}, ["study.fusions: 'fusoin' is unknown", "did you mean 'fusion'"]),
         (
-            {"study": {"fusions": ["fusion", "lidar"]}},
+            {"study": {"fusions": {"fusion": PARTS, "lidar": PARTS}}},
             ["study.fusions: ['lidar'] are in study.teachers too", "in one step or in two"],
         ),
         (
-            {"study": {"fusions": ["fusion"], "parts": {"camera": "stert"}}},
-            ["study.parts.camera: study.fusions need 'stert' in study.teachers ['lidar', 'start']"],
+            {"study": {"fusions": {"fusion": PARTS | {"camera": "stert"}}}},
+            ["study.fusions.fusion.camera: needs 'stert' in study.teachers ['lidar', 'start']"],
         ),
         (
-            {"study": {"fusions": ["fusion"], "teachers": ["start"]}},
-            ["study.parts.lidar: study.fusions need 'lidar' in study.teachers ['start']"],
+            {"study": {"fusions": FUSION, "teachers": ["start"]}},
+            ["study.fusions.fusion.lidar: needs 'lidar' in study.teachers ['start']"],
         ),
         (
-            {"study": {"fusions": ["fusion"], "parts": {"lidar": "fusion"}}},
-            ["study.parts.lidar: study.fusions need 'fusion' in study.teachers ['lidar', 'start']"],
+            {"study": {"fusions": {"fusion": PARTS | {"lidar": "fusion"}}}},
+            ["study.fusions.fusion.lidar: needs 'fusion' in study.teachers ['lidar', 'start']"],
         ),
-        ({"study": {"large": ["camera-larg"]}}, ["study.large: 'camera-larg' is unknown; did you mean 'camera-large'"]),
         (
-            {"study": {"large": ["lidar"]}},
+            {"study": {"teachers": ["lidar", "start", "fusion"]}},
+            ["teachers.fusion.start: takes part 'camera', and 'fusion' is in study.teachers, trained in one step"],
+        ),
+        (
+            {"study": {"large": {"fusion": CAMERA}}},
+            ["teachers.fusion.start: takes part 'lidar', and it has camera"],
+        ),
+        (
+            {"teachers": {"fusion": {"start": {"part": "radar"}}}},
+            ["teachers.fusion.start.<parts>.0.part", "'lidar' or 'camera'"],
+        ),
+        (
+            {"study": {"large": {"camera-larg": CAMERA}}},
+            ["study.large: 'camera-larg' is unknown; did you mean 'camera-large'"],
+        ),
+        (
+            {"study": {"large": {"lidar": CAMERA}}},
             ["study.large: ['lidar'] are in study.teachers or study.fusions too", "trained in one way"],
         ),
         (
-            {"study": {"large": ["camera-large"], "teachers": ["lidar"]}},
-            ["study.parts.camera: study.large need 'start' in study.teachers ['lidar']"],
+            {"study": {"large": {"camera-large": CAMERA}, "teachers": ["lidar"]}},
+            ["study.large.camera-large.camera: needs 'start' in study.teachers ['lidar']"],
         ),
         ({"study": {"baselines": ["xod-reg"]}}, ["study.baselines: 'xod-reg' is unknown; did you mean 'xod'?"]),
         (
@@ -259,7 +300,7 @@ OF_FUSION = {"cls": BOXES | {"teacher": "fusion-online.head"}}
         ({"study": {"featured": ["simdistill"]}}, ["'simdistill' is unknown; allowed: baseline, xod"]),
         ({"study": {"stores": ["lidar", "fusion"]}}, ["study.stores: 'fusion' needs teacher 'fusion' in study."]),
         (
-            {"study": {"variants": ["imd"], "fusions": ["fusion"]}},
+            {"study": {"variants": ["imd"], "fusions": FUSION}},
             ["variants.imd.terms.imd.teacher: 'fusion.bev_lift_camera' needs store 'fusion' in study.stores ['lidar']"],
         ),
         (
@@ -288,12 +329,12 @@ def test_mistakes_about_fusion_teachers_are_named(
 
 
 def test_fusion_teachers_count_as_teachers_and_parts_are_theirs_alone(values: dict[str, Any]) -> None:
-    study = {"fusions": ["fusion"], "stores": ["lidar", "fusion"], "variants": ["imd"], "featured": ["imd"]}
+    study = {"fusions": FUSION, "stores": ["lidar", "fusion"], "variants": ["imd"], "featured": ["imd"]}
     assert Params.model_validate(merge(values, {"study": study})).study.detectors == ["lidar", "start", "fusion"]
-    online = {"study": {"fusions": ["fusion"]}, "variants": {"baseline": {"terms": OF_FUSION}}}
+    online = {"study": {"fusions": FUSION}, "variants": {"baseline": {"terms": OF_FUSION}}}
     assert Params.model_validate(merge(values, online)).stores["fusion-online"].cached == {}
-    absent = {"parts": {"lidar": "none", "camera": "none"}}  # nobody reads them
-    assert Params.model_validate(merge(values, {"study": absent})).study.fusions == []
+    params = Params.model_validate(merge(values, {"study": {"fusions": FUSION}}))
+    assert (params.study.parts("fusion"), params.study.parts("lidar")) == (PARTS, {})
 
 
 @pytest.mark.parametrize(
@@ -314,9 +355,8 @@ def test_a_student_starts_from_teachers_or_a_folder_or_nothing(
 
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(params_text(variants__baseline__train={"lr": 1e-5}))
-    params = load_params(path)
+    (tmp_path / "params.yaml").write_text(params_text(variants__baseline__train={"lr": 1e-5}))
+    params = load_params(tmp_path)
     assert params.student("baseline").train.lr == 1e-5
     assert params.student("xod").train == params.students["camera"].train
     assert params.student("baseline").train.epochs == params.students["camera"].train.epochs

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from config.params import load_params
+from config.files import LAID, lay, load_params, read_texts
 from config.profiles import ProfileError, apply_profile, available, lay_over
+from tests.params_files import contents
 from tests.pipeline.project import ROOT
 
 BASE = """\
@@ -26,20 +30,25 @@ last: 1
 """
 
 
+def laid(text: str, overlay: str) -> str:
+    """The text of the one file params.yaml after an overlay."""
+    return lay_over({"params.yaml": text}, overlay, "x")["params.yaml"]
+
+
 @pytest.mark.parametrize("name", available(ROOT))
 def test_demo_restores_what_any_profile_changed(folder: Path, name: str) -> None:
-    before = (folder / "params.yaml").read_bytes()
+    before = contents(folder)
     params = apply_profile(name, folder)
     assert params.profile == name
-    assert load_params(folder / "params.yaml") == params
+    assert load_params(folder) == params
     apply_profile("demo", folder)
-    assert (folder / "params.yaml").read_bytes() == before
+    assert contents(folder) == before
 
 
 def test_smoke_keeps_comments_and_everything_it_does_not_set(folder: Path) -> None:
-    before = (folder / "params.yaml").read_text()
+    before = "".join(read_texts(folder).values())
     apply_profile("smoke", folder)
-    after = (folder / "params.yaml").read_text()
+    after = "".join(read_texts(folder).values())
     comments = [line.partition("#")[2] for line in before.splitlines() if "#" in line]
     assert [line.partition("#")[2] for line in after.splitlines() if "#" in line] == comments
     changed = sum(one != two for one, two in zip(before.splitlines(), after.splitlines(), strict=True))
@@ -48,7 +57,7 @@ def test_smoke_keeps_comments_and_everything_it_does_not_set(folder: Path) -> No
 
 def test_values_anchors_and_comments() -> None:
     overlay = "size: 1000\nnested: {two: [3]}\nshared: {cell: 0.25}\nother: {text: 'c # d'}\n"
-    result = lay_over(BASE, overlay, "x")
+    result = laid(BASE, overlay)
     loaded = YAML(typ="safe").load(result)
     assert loaded["size"] == 1000
     assert loaded["nested"] == {"one": 1, "two": [3]}
@@ -56,13 +65,13 @@ def test_values_anchors_and_comments() -> None:
     assert "size: 1000                    # a comment\n" in result
     assert "shared: &shared {cell: 0.25}  # metres\n" in result
     back = 'size: 8\nnested: {two: [1, 2]}\nshared: {cell: 0.5}\nother: {text: "a # b"}\n'
-    assert lay_over(result, back, "x") == BASE
+    assert laid(result, back) == BASE
 
 
 def test_replacing_a_dict_whole() -> None:
-    result = lay_over(BASE, "model: !replace {type: B, width: 4}\n", "x")
+    result = laid(BASE, "model: !replace {type: B, width: 4}\n")
     assert YAML(typ="safe").load(result)["model"] == {"type": "B", "width": 4}
-    block = lay_over(result, "model: !replace\n  type: A                     # kept\n  depth: 3\n", "x")
+    block = laid(result, "model: !replace\n  type: A                     # kept\n  depth: 3\n")
     assert block == BASE
 
 
@@ -77,15 +86,83 @@ def test_replacing_a_dict_whole() -> None:
 )
 def test_what_does_not_fit_is_named(overlay: str, message: str) -> None:
     with pytest.raises(ProfileError, match=message):
-        lay_over(BASE, overlay, "x")
+        laid(BASE, overlay)
 
 
 def test_a_profile_that_breaks_the_schema_changes_nothing(folder: Path) -> None:
-    before = (folder / "params.yaml").read_bytes()
-    (folder / "profiles" / "bad.yaml").write_text("input: {frames: 7}\n")
-    with pytest.raises(ProfileError, match=r"profile bad: .*params\.yaml is not valid:\n  input\.frames: 7"):
+    before = contents(folder)
+    (folder / "profiles" / "bad.yaml").write_text(
+        "seed: 3\ninput: {frames: 7}\nstores: {lidar: {score_threshold: 0.7}}\n"
+    )
+    message = r"profile bad: the parameters are not valid:\n  params\.yaml: input\.frames: 7"
+    with pytest.raises(ProfileError, match=message):
         apply_profile("bad", folder)
     with pytest.raises(ProfileError, match=r"profile 'smog' is unknown; allowed: .*smoke"):
         apply_profile("smog", folder)
-    assert (folder / "params.yaml").read_bytes() == before
-    assert sorted(path.name for path in folder.iterdir()) == ["params.yaml", "profiles"]
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["params", "params.yaml", "profiles"]
+
+
+def test_values_go_into_the_files_that_have_their_keys(folder: Path) -> None:
+    """Of terms and variants each into that of its paper; what no file has is named with the files that might."""
+    texts = read_texts(folder)
+    overlay = "seed: 4\nterms: {xfd: {weight: 7.0}, cmd: {weight: 8.0}}\nvariants: {joint-alone: {student: camera}}\n"
+    changed = lay_over(texts, overlay, "x")
+    files = {"params.yaml", *(f"params/arms/{name}.yaml" for name in ("x3kd", "simdistill", "combined"))}
+    assert {file for file, text in changed.items() if text != texts[file]} == files
+    with pytest.raises(ProfileError, match=r"x: terms.xfdd is not in params/arms/simdistill.yaml or params/arms/"):
+        lay_over(texts, "terms: {xfdd: {weight: 1.0}}\n", "x")
+
+
+def test_second_steps_are_replaced_whole(folder: Path) -> None:
+    text = "study: {fusions: %s}\n"
+    other = laid(laid((folder / "params.yaml").read_text(), text % "{}"), text % "{two: {lidar: a, camera: b}}")
+    assert YAML(typ="safe").load(other)["study"]["fusions"] == {"two": {"lidar": "a", "camera": "b"}}
+    assert YAML(typ="safe").load(laid(other, text % "{}"))["study"]["fusions"] == {}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from config import files, profiles
+moved = []
+def replace(source, target):
+    moved.append(target)
+    if len(moved) > int(sys.argv[1]):
+        os._exit(9)
+    os.rename(source, target)
+files.os.replace = replace
+if sys.argv[1] == "-1":
+    files.os.rename = lambda *names: os._exit(9)
+profiles.apply_profile("nuscenes-simdistill", Path.cwd())
+"""
+
+
+@pytest.mark.parametrize("moves", [-1, 0, 1, 3])
+def test_a_profile_is_laid_over_all_files_or_none(folder: Path, moves: int) -> None:
+    """Also where its process is killed before the first, or between two of the files that it writes."""
+    before = contents(folder)
+    command = [sys.executable, "-c", KILLED, str(moves)]
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 9, done.stderr
+    if moves < 0:
+        assert load_params(folder).profile == "demo"
+        assert contents(folder) == before
+        return
+    params = load_params(folder)
+    assert params.profile == "nuscenes-simdistill"
+    assert not (folder / LAID).exists()
+    assert apply_profile("nuscenes-simdistill", folder) == params
+    apply_profile("demo", folder)
+    assert contents(folder) == before
+
+
+def test_two_may_finish_what_a_killed_one_began(folder: Path) -> None:
+    """A file that another process has moved already is no fault."""
+    lay({"params.yaml": (folder / "params.yaml").read_text()}, folder)
+    (folder / LAID / "params").mkdir(parents=True)
+    (folder / LAID / "params/stores.yaml").write_text((folder / "params/stores.yaml").read_text())
+    with ThreadPoolExecutor(8) as pool:
+        assert len({params.profile for params in pool.map(load_params, [folder] * 8)}) == 1

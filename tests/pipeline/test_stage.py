@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from base.stopping import PREEMPTED
-from config.params import load_params
+from config.files import load_params
 from pipeline import stage
 from stages import context
 from stages.context import StageError, Stop, publish
@@ -80,8 +80,8 @@ def test_second_repro_does_nothing_and_a_weight_reruns_one_variant(project: Proj
 
 def test_a_variant_whose_name_begins_with_another_ones_is_no_student_of_that(project: Project) -> None:
     """`skd-alone` is a variant beside `skd`, and not its student of seed `alone`."""
-    project.edit("params.yaml", "variants:\n", "variants:\n  baseline-alone: {student: camera, terms: {}}\n")
-    params = load_params(project.root / "params.yaml")
+    project.edit("params.yaml", "variants:\n", "variants:\n  baseline-alone: {student: camera, terms: []}\n")
+    params = load_params(project.root)
     assert stage._student(params, "baseline-alone") is None
     assert stage._student(params, "baseline-3") == ("baseline", 3)
     assert stage._student(params, "baseline-alone-3") == ("baseline-alone", 3)

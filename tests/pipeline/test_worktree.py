@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from base.errors import PipelineError
-from config.params import load_params
+from config.files import load_params
 from pipeline.worktree import describe, make
 from results.tracking.runs import MlflowTracker
 from tests.pipeline.project import ROOT, Project
@@ -119,14 +119,14 @@ def test_a_worktree_restores_what_another_study_computed(toy: Project, tmp_path:
     there = at(toy, tmp_path / "there")
     made = make(there.root, toy.root, study="two")
     assert (made.study, made.profile, made.branch) == ("two", "demo", None)
-    assert load_params(there.root / "params.yaml").study.variants == ["xod", "xfd"]
+    assert load_params(there.root).study.variants == ["xod", "xfd"]
     there.repro()
     assert ran(there) == ["baseline-0", "prepare", "xfd-0", "xod-0"]  # one of them is new
     restored = there.root / "outputs/students/xod-0/weights"
     assert restored.read_text() == "xod-0"
     assert os.path.samefile(restored, toy.root / "outputs/students/xod-0/weights")  # a link, which takes no space
     assert restored.stat().st_mode & 0o222 == 0  # and is protected
-    assert load_params(toy.root / "params.yaml").study.variants == ["baseline", "xod"]
+    assert load_params(toy.root).study.variants == ["baseline", "xod"]
 
 
 @pytest.mark.timeout(600)

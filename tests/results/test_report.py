@@ -17,8 +17,10 @@ import pytest
 import scipy.stats
 from PIL import Image
 
+from config.files import read_params
 from config.graph import Node
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from data.preparing.build import build_index
 from data.reading.classes import CLASSES
 from data.reading.index import Index
@@ -44,6 +46,7 @@ TERM = {
     "weight": 0.3,
 }
 PLAIN: dict[str, Any] = {"student": "camera", "terms": {}, "model": {}, "train": {}, "truth": True, "row": None}
+FUSION = {"fusion": {"lidar": "lidar"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {**PLAIN, "row": "A0"},
     "xfd": {**PLAIN, "terms": {"xfd": TERM}, "train": {"epochs": 12}, "row": "A2"},
@@ -224,7 +227,7 @@ def add_features(root: Path, seeds: list[int], before: float | None = 0.2) -> No
 
 def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
     given: dict[str, Any] = {
-        "profile": "demo", "teachers": ["lidar"], "fusions": [], "large": [], "parts": {"lidar": "lidar"}, "starts": [],
+        "profile": "demo", "teachers": ["lidar"], "fusions": {}, "large": [], "starts": [],
         "featured": [], "baselines": [], "segmenters": ["instance"], "stores": ["lidar"],
         "variants": VARIANTS, "pairs": [], "seeds": seeds,
         "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
@@ -707,9 +710,12 @@ def test_marks_of_one_cost_do_not_hide_each_other() -> None:
     assert len(set(side_by_side(40))) == 40
 
 
+LARGE = {"camera-large": {"camera": "start"}, "bevformer-large": {"camera": "start"}}
+
+
 def test_pairs_are_read_off_the_parameters() -> None:
-    raw = read_yaml(ROOT / "params.yaml")
-    raw["study"] |= {"teachers": ["start", "small"], "fusions": [], "large": ["camera-large", "bevformer-large"]}
+    raw = read_params(ROOT)
+    raw["study"] |= {"teachers": ["start", "small"], "fusions": {}, "large": LARGE}
     raw["study"] |= {"stores": ["large", "former"], "segmenters": [], "featured": [], "baselines": []}
     raw["study"] |= {"variants": ["skd-alone", "skd-inherit", "skd", "former-alone", "former-spatial", "baseline"]}
     params = Params.model_validate(raw)
@@ -721,8 +727,8 @@ def test_pairs_are_read_off_the_parameters() -> None:
 
 
 def test_another_model_of_a_student_is_another_student() -> None:
-    raw = read_yaml(ROOT / "params.yaml")
-    raw["study"] |= {"teachers": ["start", "small"], "fusions": [], "large": ["camera-large"], "stores": ["large"]}
+    raw = read_params(ROOT)
+    raw["study"] |= {"teachers": ["start", "small"], "fusions": {}, "stores": ["large"]}
     raw["study"] |= {"variants": ["skd-alone", "skd", "bare"], "segmenters": [], "featured": [], "baselines": []}
     raw["variants"]["bare"] = {**raw["variants"]["skd"], "model": {"image": [64, 176]}}
     assert [(pair.alone, pair.taught) for pair in pairs(Params.model_validate(raw))] == [
@@ -745,7 +751,7 @@ def test_whether_fusion_is_ahead_of_its_parts_is_said(
     make_study(tmp_path, [0])
     assert '<section id="fusion">' not in make_report(tmp_path, [0]).html
     add_fusion(tmp_path, mean_ap, score)
-    report = make_report(tmp_path, [0], fusions=["fusion"])
+    report = make_report(tmp_path, [0], fusions=FUSION)
     assert verdict in report.markdown
     assert verdict in report.plain
     text = section(report, "fusion")
@@ -834,20 +840,21 @@ def test_what_was_learned_from_the_scored_scenes_is_said(
 
 
 def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() -> None:
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     changes: dict[str, Any] = {
         "data": {"splits": {"train": "train", "students": "train[:-16]"}},
         "students": {"camera": {"start": {"teacher": "start"}}},
         "study": {
             "teachers": ["lidar", "start"],
-            "fusions": ["fusion"],
-            "large": [],
+            "large": {},
             "stores": ["lidar", "fusion", "instance"],
             "variants": ["baseline", "x3kd", "simdistill"],
             "baselines": [],
         },
     }
-    params = Params.model_validate(merge(raw, changes))
+    whole = merge(raw, changes)
+    whole["study"]["large"] = {}
+    params = Params.model_validate(whole)
     assert starts(params) == {"start"}
     splits = {name: raw["teachers"][name].get("split", "train") for name in ("lidar", "start", "fusion")}
     assert learned_from(params) == {**splits, "students": "train[:-16]"}
@@ -856,14 +863,14 @@ def test_a_start_and_what_everybody_learns_from_are_read_off_the_parameters() ->
 
 
 def test_a_part_of_a_fusion_teacher_is_a_start_unless_students_learn_from_it() -> None:
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     for student in raw["students"].values():
         student["start"] = None
-    raw["study"] |= {"teachers": ["lidar", "start"], "parts": {"lidar": "lidar", "camera": "start"}, "large": []}
+    raw["study"] |= {"teachers": ["lidar", "start"], "large": {}}
     raw["study"] |= {"stores": ["lidar", "fusion", "instance"], "variants": ["baseline", "x3kd", "simdistill"]}
     raw["study"] |= {"baselines": []}
     assert starts(Params.model_validate(raw)) == {"start"}
-    raw["study"] |= {"fusions": [], "stores": ["lidar", "instance"], "variants": ["baseline"]}
+    raw["study"] |= {"fusions": {}, "stores": ["lidar", "instance"], "variants": ["baseline"]}
     raw["study"] |= {"featured": []}
     assert starts(Params.model_validate(raw)) == set()
 
@@ -957,7 +964,7 @@ def test_what_is_missing_is_named_with_what_to_run(
     if content:
         path.write_text(content)
     with pytest.raises(ReportError, match=f"{re.escape(file)}.*{re.escape(message)}"):
-        make_report(tmp_path, [0, 1], fusions=["fusion"], large=["giant"], featured=["xfd"])
+        make_report(tmp_path, [0, 1], fusions=FUSION, large=["giant"], featured=["xfd"])
 
 
 def test_runs_on_different_truth_are_not_compared(tmp_path: Path) -> None:
@@ -999,7 +1006,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     add_large(tmp_path, 0.4, 0.2, 0.3)
     add_features(tmp_path, [0, 1])
     report = make_report(
-        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=["fusion"], featured=["xfd"],
+        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=FUSION, featured=["xfd"],
         large=["giant"], pairs=[PAIR],
     )  # fmt: skip
     text = report.html

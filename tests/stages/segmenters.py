@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from data.store import Store
 from models.detectors.segmenter import build_segmenter
 from results.tracking.runs import NullTracker
@@ -33,7 +35,7 @@ OUTS = {
 
 def values(**changes: Any) -> dict[str, Any]:
     """The project's params.yaml with one small segmenter, one store of it, and no variants."""
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     raw["segmenters"] = {"instance": {"image": list(SIZE), "model": small_model(), "train": TRAIN}}
     taps = {"inst2d": {"serve": "cached-exact"}}
     raw["stores"] = {"instance": {"teacher": "instance", "score_threshold": 0.0, "taps": taps}}

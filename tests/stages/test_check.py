@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from config import profiles, studies
+from config.files import load_params, read_params
 from config.graph import StageSpec
-from config.params import Params, load_params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from results.tracking.runs import NullTracker
 from stages import check
 from stages.check import Checks
 from stages.context import StageContext, StageError, Stop
+from tests.params_files import copy_params
 
 ROOT = Path(__file__).resolve().parents[2]
-RAW = read_yaml(ROOT / "params.yaml")
+RAW = read_params(ROOT)
 XFD = RAW["terms"]["xfd"]
 TRAIN = RAW["students"]["camera"]["train"]
 BACKBONE = {"image_backbone": {"type": "ResNett"}}
@@ -84,10 +88,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
         {"terms": {"xfd": XFD | {"adapter": {"kind": "grl_disc"}}}},
         "variants.other-adapter.terms.xfd: adapter 'grl_disc' does not apply to dense maps",
     ),
-    "headless": (
-        {"truth": False, "terms": {"xfd": XFD}},
-        "variants.headless.truth: false, and its head needs a term to learn from",
-    ),
     "featureless": (
         {"terms": {"imd": RAW["terms"]["imd"] | {"student": "bev_fused"}}},
         "study.featured: 'featureless' shows taps bev_lift_uncompensated, bev_lift_simulated, which the CameraBEVDepth",
@@ -99,7 +99,7 @@ OTHERS = {
     "variants.online.terms.xfd: the store has no dense tap 'live.bev_view'",
     "segmenters.instance: the model of the segmenter cannot be built: segmenter model type 'MaskRCN' is not",
     "segmenters.instance: class_map: cat: allowed are car, truck",
-    "study.fusions: 'fusion' from study.parts.camera: teacher 'small': module 'images' fits the BEVFusion but for ",
+    "teachers.fusion.start: teacher 'small': module 'images' fits the BEVFusion but for ",
     "students.camera-lacks.model: CameraBEVDepth lacks 'stride'",
 }
 
@@ -121,12 +121,13 @@ def params() -> Params:
         "segmenters": {"instance": {"class_map": {"car": "cat"}, "model": {"type": "MaskRCN"}}},
         "input": {"frames": 1},
         "study": {
-            "teachers": ["lidar", "start", "small"], "parts": {"camera": "small"}, "large": [],
+            "teachers": ["lidar", "start", "small"], "fusions": {"fusion": {"camera": "small"}},
             "stores": ["lidar", "fusion", "instance"], "variants": [*VARIANTS, "lacks", "online"], "baselines": [],
             "featured": ["featureless"],
         },
     }  # fmt: skip
     raw["teachers"]["small"]["model"]["frames"] = 1
+    raw["study"]["large"] = {}
     return Params.model_validate(merge(raw, overlay))
 
 
@@ -149,14 +150,16 @@ def test_the_stage_fails_with_all_of_them(tmp_path: Path, problems: list[str]) -
     with pytest.raises(StageError) as error:
         check.run(context_of(tmp_path, params()))
     head, *lines = str(error.value).splitlines()
-    assert head == "params.yaml asks for what cannot be built:"
-    assert lines == [f"  {problem}" for problem in problems]
+    assert head == "the parameters ask for what cannot be built:"
+    assert [re.sub(r"^  [\w./]+\.yaml: ", "  ", line) for line in lines] == [f"  {problem}" for problem in problems]
+    assert lines[0].startswith("  params/")  # the file that has the key
     assert not (tmp_path / "outputs").exists()
 
 
 def context_of(root: Path, params: Params) -> StageContext:
     spec = StageSpec("check", None, "", {}, {}, ("outputs/checked", "outputs/stores/.checked"))
     (root / "scratch").mkdir()
+    copy_params(root)
     return StageContext("check", None, params, spec, root, root / "scratch", NullTracker(), Stop(), 0)
 
 
@@ -172,15 +175,15 @@ def test_its_outs_do_not_depend_on_what_was_checked(tmp_path: Path) -> None:
     assert [str(path) for path, _ in found[0]] == ["outputs/checked", "outputs/stores/.checked"]
 
 
+BUILT: dict[str, Any] = {}  # most models are those of several profiles or studies
 PROFILES, STUDIES = profiles.available(ROOT), studies.available(ROOT)
 
 
 @pytest.mark.parametrize(("apply", "name"), [*((profiles.apply_profile, name) for name in PROFILES),
                                              *((studies.apply_study, name) for name in STUDIES)])  # fmt: skip
 def test_what_the_repository_has_can_be_built(apply: Any, name: str, tmp_path: Path) -> None:
-    for entry in ("params.yaml", "profiles", "studies"):
+    for entry in ("profiles", "studies"):
         (tmp_path / entry).symlink_to(ROOT / entry)
-    (tmp_path / "params.yaml").unlink()
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    copy_params(tmp_path)
     apply(name, tmp_path)
-    assert list(Checks(load_params(tmp_path / "params.yaml")).problems()) == []
+    assert list(Checks(load_params(tmp_path), BUILT).problems()) == []

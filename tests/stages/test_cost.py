@@ -12,8 +12,9 @@ import torch
 from mmcv.ops import DeformConv2dPack
 from torch import nn
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, read_yaml
+from config.params import Params
 from data.reading.batch import collate
 from models.detectors.build import build_detector
 from results.tracking.runs import NullTracker
@@ -35,10 +36,13 @@ from tests.models.factory import COMPENSATION, GRID, IMAGE, camera_config, fusio
 ROOT = Path(__file__).resolve().parents[2]
 
 
+FUSIONS = {"fusion": {"lidar": "lidar", "camera": "start"}}
+
+
 @pytest.fixture(scope="module")
 def params() -> Params:
     """params.yaml with small models on a small grid; two variants share one student."""
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     raw["grid"] = GRID
     raw["input"]["image"]["size"] = list(IMAGE)
     start = raw["teachers"]["start"]
@@ -55,8 +59,14 @@ def params() -> Params:
         "again": {"student": "camera", "terms": {}, "train": {"epochs": 3}},
         "compensated": {"student": "simulated", "terms": {}, "model": COMPENSATION},
     }
-    raw["study"] |= {"teachers": ["lidar", "start"], "fusions": ["fusion"], "variants": list(raw["variants"])}
-    raw["study"] |= {"large": ["large"], "stores": [], "segmenters": [], "featured": [], "baselines": []}
+    raw["study"] |= {"teachers": ["lidar", "start"], "fusions": FUSIONS, "variants": list(raw["variants"])}
+    raw["study"] |= {
+        "large": {"large": {"camera": "start"}},
+        "stores": [],
+        "segmenters": [],
+        "featured": [],
+        "baselines": [],
+    }
     raw["stores"] = {}
     return Params.model_validate(raw)
 

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import BevParams, ImportParams, Params, StudentParams, TeacherStart, merge, read_yaml
+from config.nested import merge
+from config.params import Params
+from config.sections import ImportParams, StudentParams, TeacherStart
+from data.reading.config import BevConfig
 from data.reading.index import Index
 from data.store import StaleStoreError, Store, StoreError
 from distill.terms import TermConfig
@@ -28,11 +33,10 @@ from stages.distill import (
     make_recipe,
     open_sources,
     samples_of,
-    start_as_set,
     tap_statistics,
     taught,
 )
-from stages.inputs.weights import checksum_of, save_detector
+from stages.inputs.weights import checksum_of, save_detector, start_as_set
 from stages.teaching.taught import TaughtDataset
 from tests.models.factory import GRID, camera_config, fusion_config, simulated_config
 from tests.stages.tasks import task_of
@@ -77,7 +81,7 @@ def kinds_of(store: str) -> list[str]:
 
 
 def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     raw["stores"] = {name: {"teacher": "lidar", "score_threshold": 0.1, "taps": taps} for name, taps in STORES.items()}
     raw["variants"] = {
         f"from-{name}": {"student": "camera", "terms": terms_of(name, *kinds_of(name))} for name in STORES
@@ -209,8 +213,8 @@ def test_without_truth_a_student_learns_from_its_teachers_and_from_depth(root: P
     names = {"step", "loss", "depth", "distill/cls", "distill/reg", "grad_norm", "lr"}
     assert all(step.keys() == names for step in steps)
     headless = {"variants": {"blind": {"student": "camera", "truth": False, "terms": terms_of("live", "xfd")}}}
-    with pytest.raises(StageError, match="variant 'blind': with truth false its head needs a term"):
-        distill.run(context_of(root, parse(**headless), "distill", "blind-1"))
+    with pytest.raises(ValidationError, match=r"variants\.blind\.truth: false, and its head needs a term"):
+        parse(**headless)
 
 
 def started(start: TeacherStart | list[TeacherStart] | ImportParams | None) -> StudentParams:
@@ -222,7 +226,7 @@ def begun(context: StageContext, start: Any, config: dict[str, Any]) -> Detector
     """A student of seed 0 that has started so."""
     torch.manual_seed(0)
     student = build_detector(config)
-    start_as_set(context, student, started(start))
+    start_as_set(student, started(start).start, context.root)
     return student
 
 
@@ -289,7 +293,7 @@ def test_students_learn_from_their_own_part_of_the_split(root: Path) -> None:
 def test_a_student_may_turn_scenes_over_less_than_others(root: Path) -> None:
     context = context_of(root, parse(MOVED), "distill", "x-0")
     student, sources = build_detector(camera_config()), open_sources(context, {})
-    own = BevParams(**STILL)
+    own = BevConfig(**STILL)
     moved, still = (samples_of(context, student, sources, 0, bev)[0].bev_aug for bev in (None, own))
     assert not torch.equal(moved, torch.eye(4))
     assert torch.equal(still, torch.eye(4))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
-from data.city import CityConfig, generate
+from config.nested import merge
+from config.params import Params
+from data.city.config import CityConfig
+from data.city.generate import generate
 from data.preparing.build import build_index
 from data.reading.dataset import NuScenesDataset
 from data.scoring.metrics import (
@@ -59,7 +63,7 @@ def params(real_dataroot: Path) -> Params:
         "input": {"sweeps": 1, "image": {"size": [32, 64]}},
         "evaluate": {"pictures": 1, "batch_size": 1},
     }
-    return Params.model_validate(merge(read_yaml(ROOT / "params.yaml"), overlay))
+    return Params.model_validate(merge(read_params(ROOT), overlay))
 
 
 @pytest.fixture(scope="module")
@@ -323,11 +327,11 @@ def test_weights_that_do_not_fit_are_refused(project: Path, tmp_path: Path) -> N
 def test_keys_are_split_at_the_last_hyphen() -> None:
     assert predict.subject("predict", "a-b-12") == predict.Subject("student", "a-b-12", "a-b", 12)
     assert predict.subject("predict_teacher", "lidar").weights == "outputs/teachers/lidar"
-    with pytest.raises(StageError, match="--key"):
-        predict.subject("predict", None)
 
 
 def test_evaluation_needs_predictions_of_its_split(project: Path, params: Params) -> None:
+    with pytest.raises(StageError, match="stage predict needs --key"):
+        predict.run(replace(context_of(project, params, "predict", "nobody-0"), key=None))
     context = context_of(project, params, "evaluate_teacher", "nobody")
     with pytest.raises(StageError, match=r"nobody/model\.json.*run `dvc repro predict_teacher@nobody`"):
         evaluate.run(context)

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from base.errors import PipelineError
-from data.reading.augment import ImageConfig
 from data.reading.classes import CLASSES
 from data.reading.coco import CocoInstances
+from data.reading.config import ImageConfig
 from data.reading.instances import ImageInstances
 from models.detectors.segmenter import Found
 from stages import evaluate_segmenter, predict_segmenter

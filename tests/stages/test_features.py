@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from data.preparing.build import build_index
 from data.reading.batch import collate
 from data.reading.index import Index
@@ -42,7 +44,7 @@ def parse(city: Path, **changes: Any) -> Params:
         "input": {"sweeps": 1, "image": {"size": [32, 64]}},
         "evaluate": {"pictures": 3, "batch_size": 2},
     }
-    return Params.model_validate(merge(merge(read_yaml(ROOT / "params.yaml"), overlay), changes))
+    return Params.model_validate(merge(merge(read_params(ROOT), overlay), changes))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image, ImageSequence
 
 from base.errors import PipelineError
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
 from data.preparing.build import build_index
 from data.reading.index import Index
@@ -33,17 +35,18 @@ NOISE = {"lidar": 0.0, "baseline-0": 1.6, "xod-0": 1.0, "xfd-0": 0.3}  # metres,
 
 
 def params_of(dataroot: Path, **study: Any) -> Params:
-    raw = read_yaml(ROOT / "params.yaml")
+    raw = read_params(ROOT)
     for student in raw["students"].values():
         student["start"] = None
     overlay = {
         "data": {"worlds": [], "dataroot": str(dataroot), "version": VERSION},
         "study": {
-            "teachers": ["lidar"], "fusions": [], "large": [], "stores": ["lidar"], "segmenters": [], "featured": [],
-            "variants": ["baseline", "xod", "xfd"], "baselines": [], "seeds": [0], "parts": {"camera": "lidar"},
+            "teachers": ["lidar"], "fusions": {}, "large": {}, "stores": ["lidar"], "segmenters": [], "featured": [],
+            "variants": ["baseline", "xod", "xfd"], "baselines": [], "seeds": [0],
             **study,
         },
     }  # fmt: skip
+    raw["study"] |= {"fusions": {}, "large": {}}  # merged, those of the repository would stay
     return Params.model_validate(merge(raw, overlay))
 
 
@@ -157,7 +160,7 @@ def test_the_film_shows_the_students_own_teacher(project: Path, city: Path) -> N
         shutil.copy(project / f"reports/metrics/{like}.json", project / f"reports/metrics/{key}.json")
         for made in ("predictions", "evaluations"):
             shutil.copytree(project / f"outputs/{made}/{like}", project / f"outputs/{made}/{key}")
-    lists = {"teachers": ["start", "lidar"], "fusions": ["fusion"], "parts": {"lidar": "lidar", "camera": "start"}}
+    lists = {"teachers": ["start", "lidar"], "fusions": {"fusion": {"lidar": "lidar", "camera": "start"}}}
     for names, stores, expected in (
         (["baseline", "xfd"], ["fusion", "lidar"], ["lidar", "baseline", "xfd"]),
         (["baseline", "simdistill"], ["fusion", "lidar"], ["fusion", "baseline", "simdistill"]),
@@ -166,7 +169,7 @@ def test_the_film_shows_the_students_own_teacher(project: Path, city: Path) -> N
         params = params_of(city, **lists, variants=names, stores=stores)
         cast = film.cast(params, results(params, project))
         assert [arm.name for arm in cast] == expected
-    lists |= {"teachers": [], "fusions": [], "stores": [], "parts": {"lidar": "lidar", "camera": "lidar"}}
+    lists |= {"teachers": [], "fusions": {}, "stores": []}
     params = params_of(city, **lists, variants=["baseline"])
     assert [arm.name for arm in film.cast(params, results(params, project))] == ["baseline"]
 

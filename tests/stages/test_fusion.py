@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from distill.features import MapTerm
 from distill.term import Outcome
 from distill.terms import TermConfig
@@ -25,18 +27,17 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.ports import Batch, Prediction
 from results.tracking.runs import NullTracker
-from stages import distill, extract, fusion
+from stages import distill, extract, teacher
 from stages.context import StageContext, StageError, Stop
-from stages.distill import Distillation, start_as_set
-from stages.fusion import start_from_parts
+from stages.distill import Distillation
 from stages.inputs.datasets import plain_dataset
-from stages.inputs.weights import load_detector, save_detector
+from stages.inputs.weights import load_detector, save_detector, start_as_set
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
 from tests.stages.tasks import task_of
 from tests.stages.untrained import TEACHER, make_root
 from training.seeding import MODEL, seed_everything
 
-PARAMS = read_yaml(Path(__file__).resolve().parents[2] / "params.yaml")
+PARAMS = read_params(Path(__file__).resolve().parents[2])
 SAMPLES = 4
 LIDAR = fusion_config()["lidar"] | {"voxel": TEACHER["voxel"]}
 CODED = {"serve": "cached-warp", "dtype": "int8", "compression": "zstd"}
@@ -58,7 +59,7 @@ def of_online(terms: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def parse(**changes: Any) -> Params:
-    """The project's params.yaml with small models; variants `simdistill`, and `online` without a store."""
+    """The project's parameters with small models; variants `simdistill`, and `online` without a store."""
     raw = copy.deepcopy(PARAMS)
     raw["stores"] |= {
         name: {"teacher": "fusion", "score_threshold": 0.1, "taps": taps}
@@ -103,7 +104,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_root(tmp_path_factory.mktemp("project"), train_keyframes=SAMPLES // 2)
     torch.manual_seed(1)
     save_detector(root / "outputs/teachers/start", camera_config(), build_detector(camera_config()).state_dict())
-    fusion.run(context_of(root, "fusion", "fusion"))
+    teacher.run(context_of(root, "fusion", "fusion"))
     extract.run(context_of(root, "extract", "fusion"))
     return root
 
@@ -127,48 +128,52 @@ def test_the_second_step_is_published_and_has_moved_from_its_parts(root: Path) -
     assert {"heatmap", "box", "depth"} < json.loads(steps[0]).keys()
 
 
+def start(fused: Detector, root: Path, params: Params) -> None:
+    """Give a fusion teacher what it starts from."""
+    start_as_set(fused, params.teachers["fusion"].start, root, params.study.parts("fusion"))
+
+
 def test_a_fusion_teacher_starts_from_both_parts(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its branches say what those of its parts say; what sees both maps for the first time is new."""
     torch.manual_seed(2)
-    teacher = build_detector(fusion_config(lidar=LIDAR))
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    fused = build_detector(fusion_config(lidar=LIDAR))
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        start_from_parts(context_of(root, "fusion", "fusion"), teacher)
+        start(fused, root, parse())
     lidar, camera = (published(root, f"teachers/{name}") for name in ("lidar", "start"))
     new = ("fuser.", "bev_backbone.blocks.0.0.")
     assert "new: bev_backbone.blocks.0.0, fuser.conv, fuser.norm" in caplog.text
     places = {"lidar.encoder.": "encoder.", "lidar.stage.": "backbone.", "bev_backbone.": "backbone.",
               "bev_neck.": "neck.", "head.": "head."}  # fmt: skip
-    for name, value in teacher.state_dict().items():
+    for name, value in fused.state_dict().items():
         place = next((place for place in places if name.startswith(place)), "")
         if name.startswith(new):
             expected = before[name]
         else:
             expected = lidar[places[place] + name.removeprefix(place)] if place else camera[name]
         assert torch.equal(value, expected), name
-    dataset = plain_dataset(root, parse(), "train", teacher)
+    dataset = plain_dataset(root, parse(), "train", fused)
     batch = next(iter(DataLoader(dataset, 2, collate_fn=distill.collate)))
     parts = {name: load_detector(root / f"outputs/teachers/{name}") for name in ("lidar", "start")}
     with torch.no_grad():
-        taps = teacher.eval()(batch, ["bev_lift_camera", "bev_lift_lidar"]).taps
+        taps = fused.eval()(batch, ["bev_lift_camera", "bev_lift_lidar"]).taps
         assert torch.equal(taps["bev_lift_camera"], parts["start"](batch, ["bev_lift"]).taps["bev_lift"])
         stages = parts["lidar"].backbone(parts["lidar"].lift(batch.points))  # type: ignore[operator]
     assert torch.equal(taps["bev_lift_lidar"], stages[0])
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(StageError, match=r"teacher 'fuson': params\.yaml has lidar, start, fusion"):
-        fusion.run(context_of(root, "fusion", "fuson"))
-    teacher = build_detector(fusion_config(lidar=LIDAR))
+    with pytest.raises(StageError, match=r"teacher 'fuson': the parameters have lidar, start, fusion"):
+        teacher.run(context_of(root, "fusion", "fuson"))
+    fused = build_detector(fusion_config(lidar=LIDAR))
     for part in ("lidar", "camera"):
         absent = {"model": {}, "train": {"epochs": 1, "batch_size": 1, "lr": 1.0}}
-        study = {"parts": {part: "absent"}, "teachers": ["lidar", "start", "absent"]}
+        study = {"fusions": {"fusion": {part: "absent"}}, "teachers": ["lidar", "start", "absent"]}
         params = parse(study=study, teachers={"absent": absent})
         with pytest.raises(StageError, match=r"outputs/teachers/absent has no readable weights"):
-            start_from_parts(context_of(root, "fusion", "fusion", params), teacher)
-    params = parse(study={"parts": {"camera": "lidar"}})
+            start(fused, root, params)
     with pytest.raises(StageError, match=r"nothing of module 'images' fits the BEVFusion; it has backbone, encoder"):
-        start_from_parts(context_of(root, "fusion", "fusion", params), teacher)
+        start(fused, root, parse(study={"fusions": {"fusion": {"camera": "lidar"}}}))
 
 
 def new_student(context: StageContext, variant: str) -> Detector:
@@ -176,7 +181,7 @@ def new_student(context: StageContext, variant: str) -> Detector:
     settings = context.params.student(variant)
     seed_everything(MODEL, 0)
     student = build_detector(settings.model)
-    start_as_set(context, student, settings)
+    start_as_set(student, settings.start, context.root)
     return student
 
 

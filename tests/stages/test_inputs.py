@@ -9,13 +9,13 @@ import pytest
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config.params import load_params
+from config.files import load_params
 from models.detectors.build import build_detector
 from stages.context import StageError
 from stages.inputs.datasets import training_dataset
 from stages.inputs.segmenters import make_segmenter, segmenter_config
 
-PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
+PARAMS = load_params(Path(__file__).resolve().parents[2])
 
 
 def models() -> dict[str, nn.Module]:

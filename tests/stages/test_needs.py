@@ -44,6 +44,8 @@ def test_what_a_variant_reads_is_in_it(root: Path) -> None:
     ]
     assert list(content["stores"]) == ["lidar"]
     assert content["student"] == params().student("xod").model_dump(mode="json")
+    assert [name for name, _ in content["terms"]] == ["xod_cls", "xod_reg"]
+    assert content["truth"] is True
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,9 @@ def test_it_changes_with_the_files_that_are_read(root: Path, changed: str, varia
         ({"stores__instance__score_threshold": 0.5}, {"xis"}),
         ({"store__calibration_samples": 3}, {"baseline", "xod", "xis"}),
         ({"study__teachers": ["lidar", "start", "small"]}, set()),
+        ({"variants__xod__terms__xod_cls__weight": 0.5}, {"xod"}),
+        ({"terms__xod_cls__weight": 0.5}, set()),  # what a variant names is in the variant here
+        ({"variants__xod__row": "A7"}, set()),
     ],
 )
 def test_it_changes_with_the_values_that_are_used(root: Path, changes: dict[str, Any], variants: set[str]) -> None:

@@ -41,7 +41,7 @@ def run(root: Path, fingerprint: str = "f", **changes: Any) -> Path:
 
 
 def published_start(root: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Weights that nobody trained, as `start` of params.yaml names them."""
+    """Weights that nobody trained, as `start` of the parameters names them."""
     params = parse(segmenters={"instance": settings})
     torch.manual_seed(5)
     config = segmenter_config(params.segmenters["instance"])
@@ -83,7 +83,7 @@ def test_training_starts_from_the_start_and_without_training_it_is_published_as_
 
 def test_another_start_than_was_meant_is_refused(root: Path) -> None:
     start = published_start(root, {}) | {"checksum": "0" * 32}
-    with pytest.raises(StageError, match=f"has checksum [0-9a-f]+, params.yaml says {'0' * 32}"):
+    with pytest.raises(StageError, match=f"has checksum [0-9a-f]+, the parameters say {'0' * 32}"):
         run(root, segmenters={"instance": {"start": start, "train": None}})
 
 

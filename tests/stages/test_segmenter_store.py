@@ -28,6 +28,7 @@ from stages.teaching.frozen import FrozenSegmenter, freeze
 from stages.teaching.identity import store_identity
 from stages.teaching.sources import Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
+from tests.params_files import write_params
 from tests.stages.segmenters import SIZE, context_of, extracted, parse, publish_untrained, root_with_segmenter, values
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_weights_that_are_no_segmenter_are_refused(root: Path) -> None:
 
 
 def write(root: Path) -> None:
-    (root / "params.yaml").write_text(json.dumps(values()))  # JSON is YAML
+    write_params(root, values())
 
 
 def test_the_commands_of_the_cache_know_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

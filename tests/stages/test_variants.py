@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from config.params import StudentParams, load_params
+from config.files import load_params
+from config.sections import StudentParams
 from data.reading.classes import CLASSES
 from data.reading.instances import ImageInstances
 from models.detectors.build import build_detector
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import CAMERAS, random_batch
 
-PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
+PARAMS = load_params(Path(__file__).resolve().parents[2])
 LIFT, HEAD = 48, 70  # channels of the teachers' maps
 MAPS = {"bev_lift": LIFT, "bev_lift_camera": LIFT, "bev_lift_lidar": LIFT, "bev_fused": LIFT, "head": HEAD,
         "bev_view": CAMERAS * LIFT, "bev_prev": LIFT, "bev_neck": 3 * LIFT}  # fmt: skip
@@ -193,7 +194,7 @@ def test_every_row_of_structured_kd_is_there_for_each_family(student: str, store
     baselines = {row.removeprefix("C11 ") for row in variants if row.startswith("C11 ")}
     assert baselines == {"features", "attention", "similarity", "logits"}
     for name in variants.values():
-        read = {term.store for term in PARAMS.variants[name].terms.values()}
+        read = {term.teacher.store for term in PARAMS.variants[name].terms.values()}
         assert read <= {store, "large-online"} if store == "large" else read <= {store}
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from base.environment import ROOMS
+from config.files import read_params
 from config.graph import StageSpec
-from config.params import Params, merge, read_yaml
+from config.nested import merge
+from config.params import Params
 from data.preparing.build import build_index
 from data.reading.batch import Batch, collate
 from data.store import Store
@@ -30,13 +31,21 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from pipeline.commands import export
 from results.tracking.runs import NullTracker
-from stages import distill, evaluate, extract, fusion, predict, teacher
+from stages import distill, evaluate, extract, predict, teacher
 from stages.context import StageContext, StageError, Stop
-from stages.fusion import start_from_parts
 from stages.inputs.datasets import plain_dataset
-from stages.inputs.weights import WEIGHTS, checksum_of, load_detector, save_detector, start_from, start_in_part
+from stages.inputs.weights import (
+    WEIGHTS,
+    checksum_of,
+    load_detector,
+    save_detector,
+    start_as_set,
+    start_from,
+    start_in_part,
+)
 from stages.teaching.frozen import grown
 from tests.models.factory import GRID, VOXELS, camera_config, fusion_config, voxel_config
+from tests.params_files import write_params
 from tests.stages.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +59,12 @@ TERMS = {"cached": NECK | {"teacher": "lidar.bev_neck"}, "online": NECK | {"teac
 
 
 def values(city: Path) -> dict[str, Any]:
-    """params.yaml with a voxel teacher, the same one once more, a fusion teacher and a student that has two terms."""
-    raw = copy.deepcopy(read_yaml(ROOT / "params.yaml"))
+    """Parameters with a voxel teacher, the same one once more, a fusion teacher and a student that has two terms."""
+    raw = copy.deepcopy(read_params(ROOT))
     train = {"epochs": 1, "batch_size": 1, "lr": 1e-3, "precision": "bf16-mixed", "workers": 0}
     long = train | {"epochs": STEPS // SAMPLES, "lr": 0.01, "ema_decay": 0.9, "checkpoint_minutes": 0, "log_every": 1}
     raw["teachers"] |= {name: {"model": voxel_config(), "train": long} for name in ("lidar", "undisturbed")}
-    raw["teachers"]["fusion"] = {"model": FUSION, "train": train}
+    raw["teachers"]["fusion"] |= {"model": FUSION, "train": train}
     raw["stores"] = {
         "lidar": {"teacher": "lidar", "score_threshold": 0.1, "taps": TAPS},
         "live": {"teacher": "lidar", "score_threshold": 0.1, "taps": {"bev_neck": {"serve": "online"}}},
@@ -117,8 +126,7 @@ def root(city: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("project")
     for name in ROOMS:
         (root / name).symlink_to(ROOT / name)
-    with (root / "params.yaml").open("w") as file:
-        YAML().dump(values(city), file)
+    write_params(root, values(city))
     build_index(city, "v1.0-trainval", ("train", "val"), root / "outputs/index")
     kill_in_step(context_of(root, params, "teacher", "lidar"))
     teacher.run(context_of(root, params, "teacher", "lidar"))
@@ -187,10 +195,10 @@ def test_other_models_start_from_it(root: Path, params: Params) -> None:
 def test_a_fusion_teacher_starts_from_it_and_trains(root: Path, params: Params) -> None:
     context = context_of(root, params, "fusion", "fusion")
     detector, weights = build_detector(FUSION), published(root)
-    start_from_parts(context, detector)
+    start_as_set(detector, params.teachers["fusion"].start, root, params.study.parts("fusion"))
     for name, value in detector.lidar.middle.state_dict().items():  # type: ignore[operator,union-attr]
         assert torch.equal(value, weights[f"middle.{name}"]), name
-    fusion.run(context)
+    teacher.run(context)
     trained = load_detector(root / "outputs/teachers/fusion").state_dict()
     for name in ("conv_input.0.weight", "encoder_layers.encoder_layer1.0.conv1.weight"):
         assert 0 < (trained[f"lidar.middle.{name}"] - weights[f"middle.{name}"]).abs().max() < 0.02  # of a few steps

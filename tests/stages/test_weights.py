@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config.params import load_params
+from config.files import load_params
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from stages.context import StageError
-from stages.inputs.weights import WEIGHTS, save_detector, start_from, start_in_part
-from stages.large import start_from_camera
+from stages.inputs.weights import WEIGHTS, save_detector, start_as_set, start_from, start_in_part
 from tests.models.factory import (
     COMPENSATION,
     bevformer_config,
@@ -34,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
-    return load_params(ROOT / "params.yaml").students["camera"].model
+    return load_params(ROOT).students["camera"].model
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def test_another_file_is_refused(published: tuple[Path, str], config: dict[str, 
     (folder / WEIGHTS).write_bytes(content)
     detector = build_detector(config)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
-    with pytest.raises(StageError, match=f"has checksum [0-9a-f]+, params.yaml says {checksum}"):
+    with pytest.raises(StageError, match=f"has checksum [0-9a-f]+, the parameters say {checksum}"):
         start_from(detector, folder, checksum)
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
 
@@ -234,18 +232,16 @@ def test_a_student_inherits_from_no_smaller_teacher(teacher: Path, tmp_path: Pat
 
 
 def test_a_large_teacher_takes_what_the_camera_part_has_for_it(parts: dict[str, Path]) -> None:
-    context = SimpleNamespace(
-        params=SimpleNamespace(study=SimpleNamespace(parts=SimpleNamespace(camera="camera"))),
-        root=parts["camera"].parents[1],
-    )
-    folder = context.root / "outputs/teachers"
+    root, teachers = parts["camera"].parents[1], load_params(ROOT).teachers
+    folder = root / "outputs/teachers"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "camera").symlink_to(parts["camera"])
     given = load_file(parts["camera"] / WEIGHTS)
-    for config, modules in ((camera_config(frames=2), {"images", "lift"}), (bevformer_config(), {"images"})):
+    large = {"camera-large": camera_config(frames=2), "bevformer-large": bevformer_config()}
+    for (name, config), modules in zip(large.items(), ({"images", "lift"}, {"images"}), strict=True):
         detector = build_detector(config)
         before = copies(detector)
-        start_from_camera(context, detector)  # type: ignore[arg-type]
+        start_as_set(detector, teachers[name].start, root, {"camera": "camera"})
         for name, value in detector.state_dict().items():
             taken = name.partition(".")[0] in modules
             assert torch.equal(value, given[name] if taken else before[name]), name

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from base.environment import ROOMS
-from data.city import CityConfig, generate
+from data.city.config import CityConfig
+from data.city.generate import generate
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
 from stages.inputs.weights import save_detector

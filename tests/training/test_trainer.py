@@ -20,6 +20,7 @@ from tests.training.toy import Recorder, ToyBatch, ToyDataset, ToyTask, collate,
 from training import trainer
 from training.checkpoint import CheckpointError
 from training.ema import EMA, ema_decay
+from training.run import Run
 from training.sampler import Key, StepBatches, epoch_order
 from training.schedule import learning_rate
 from training.trainer import NonFiniteError, parameter_groups, train
@@ -49,11 +50,8 @@ def fit(
         data or ToyDataset(),
         collate,
         config(**changes),
-        seed=seed,
-        scratch=folder,
-        tracker=tracker or Recorder(),
-        stop=lambda: next(asked) == stop_after,
-        classes=classes,
+        Run(seed, folder, tracker or Recorder(), lambda: next(asked) == stop_after),
+        classes,
     )
 
 

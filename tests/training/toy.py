@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from training.config import TrainConfig  # noqa: E402
+from training.run import Run  # noqa: E402
 from training.trainer import train  # noqa: E402
 
 
@@ -103,10 +104,7 @@ def run(folder: Path, *, task: dict[str, Any] | None = None, data: dict[str, Any
         ToyDataset(**(data or {})),
         collate,
         config(**changes),
-        seed=7,
-        scratch=folder,
-        tracker=Recorder(),
-        stop=lambda: bool(stopped),
+        Run(7, folder, Recorder(), lambda: bool(stopped)),
     )
     if int(os.environ.get("RANK", 0)) == 0:
         save_file(state, folder / "weights.safetensors")

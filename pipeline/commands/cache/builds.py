@@ -52,7 +52,7 @@ def actionable() -> Iterator[None]:
 
 
 def chosen(params: Params, names: Sequence[str], known: Collection[str] = ()) -> list[str]:
-    """The stores that are asked for; without names those of the study. `known`: beside those of params.yaml."""
+    """The stores that are asked for; without names those of the study. `known`: beside those of the parameters."""
     allowed = list(dict.fromkeys([*params.stores, *known]))
     for name in names:
         if name not in allowed:
@@ -124,7 +124,7 @@ def state(root: Path, params: Params, name: str) -> State:
         store = None
         unreadable = State("damaged" if (folder / MANIFEST).exists() else "unfinished", str(error))
     if name not in params.stores:
-        return State("unnamed", "params.yaml has no such store", store)
+        return State("unnamed", "the parameters have no such store", store)
     if store is None:
         return unreadable
     if not params.stores[name].cached:

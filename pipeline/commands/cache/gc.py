@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from config import graph
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.store.layout import MANIFEST
 from data.store.writer import readable
 from pipeline.commands.cache.builds import (
@@ -49,7 +50,7 @@ class Item:
 @actionable()
 def run(root: Path, *, yes: bool, stale: bool) -> int:
     """List what can go, with `yes` remove it; stale stores only with `stale`."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     rows: list[list[str]] = []
     going = shared = 0
     for item in [*_published(root, params), *_scratch(root, params)]:
@@ -84,7 +85,7 @@ def _total(going: int, shared: int, yes: bool) -> str:
 
 
 def _published(root: Path, params: Params) -> Iterator[Item]:
-    """Stores that params.yaml does not name, stale ones, and what killed writers left among the others."""
+    """Stores that the parameters do not name, stale ones, and what killed writers left among the others."""
     for name in published(root):
         path, found = STORES / name, state(root, params, name)
         if found.kind == "unnamed":

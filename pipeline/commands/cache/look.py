@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from base.errors import PipelineError
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.drawing import pictures
 from data.reading.coco_json import InstanceArrays
 from data.reading.index import CAMERAS, Index
@@ -24,7 +25,7 @@ TOKEN_LETTERS: Final = 8  # of a token in a file's name
 @actionable()
 def run(root: Path, name: str, sample: str | None, out: Path | None) -> int:
     """Draw a sample (default: the store's first) and print where the picture is."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     chosen(params, [name], published(root))
     store = Store.open(root / STORES / name)
     token = _token(store, sample)

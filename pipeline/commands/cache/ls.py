@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.store import DamagedShardError
 from data.store.layout import read_contents
 from data.store.writer import readable
@@ -33,7 +34,7 @@ class Row:
 
     store: str
     path: str | None  # relative to the root; None: nothing is there
-    teacher: str | None  # None: params.yaml does not say
+    teacher: str | None  # None: the parameters do not say
     samples: int
     bytes: int
     state: str
@@ -43,7 +44,7 @@ class Row:
 @actionable()
 def run(root: Path, *, as_json: bool) -> int:
     """Print the rows."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     there = published(root)
     names = list(dict.fromkeys([*params.stores, *there]))
     rows = [_published(root, params, name) if name in there else _absent(params, name) for name in names]
@@ -54,7 +55,7 @@ def run(root: Path, *, as_json: bool) -> int:
 
 def _text(rows: list[Row]) -> str:
     if not rows:
-        return "params.yaml has no stores, and none is built"
+        return "the parameters have no stores, and none is built"
     cells = [
         [row.store, row.teacher or "?", f"{row.samples:,}", readable(row.bytes), row.state, row.taps] for row in rows
     ]
@@ -73,7 +74,7 @@ def _published(root: Path, params: Params, name: str) -> Row:
 
 
 def _absent(params: Params, name: str) -> Row:
-    """A store of params.yaml that is not built."""
+    """A store of the parameters that is not built."""
     if not params.stores[name].cached:
         return Row(name, None, _teacher(params, name), 0, 0, "online, nothing stored", _with_online(params, name, ""))
     why = "not built" if name in params.study.stores else "not built: study.stores does not name it"

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from base.errors import PipelineError
-from config.params import Params, StoreParams, load_params
+from config.files import load_params
+from config.params import Params
+from config.sections import StoreParams
 from data.store import TapSpec, mean_bytes, plan
 from data.store.writer import readable
 from models.detectors.build import build_detector
@@ -75,7 +77,7 @@ class StoreCost:
 @actionable()
 def run(root: Path, *, names: Sequence[str], as_json: bool) -> int:
     """Print the costs; 1 if what is still to be built is not expected to fit."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     costs = [measure(root, params, name) for name in chosen(params, names)]
     free = _free(root)
     fits = sum(cost.to_write for cost in costs) <= free
@@ -134,7 +136,7 @@ def tap_costs(
 def describe(costs: Sequence[StoreCost], free: int, fits: bool) -> str:
     """The costs as a table and some lines."""
     if not costs:
-        return "study.stores is empty: name a store of params.yaml to plan it"
+        return "study.stores is empty: name a store of the parameters to plan it"
     return "\n".join([_table(costs), "", *_lines(costs), _verdict(costs, free, fits)])
 
 
@@ -251,7 +253,7 @@ def _weights(root: Path, params: Params, teacher: str) -> Iterator[Path]:
 
 
 def _described(params: Params, teacher: str) -> tuple[str, Callable[[dict[str, Any]], nn.Module], dict[str, Any]]:
-    """The section of a teacher in params.yaml, what builds it, and from what."""
+    """The section of a teacher in the parameters, what builds it, and from what."""
     if teacher in params.segmenters:
         return "segmenters", make_segmenter, segmenter_config(params.segmenters[teacher])
     return "teachers", build_detector, params.teachers[teacher].model

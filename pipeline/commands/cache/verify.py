@@ -14,7 +14,8 @@ from pathlib import Path
 from base.environment import die_with_parent
 from base.errors import PipelineError
 from config import graph
-from config.params import Params, load_params
+from config.files import load_params
+from config.params import Params
 from data.store import DamagedShardError, Store, StoreError, find_damage
 from data.store.layout import MANIFEST, read_contents
 from data.store.writer import check_chunks, readable
@@ -33,7 +34,7 @@ class Damage:
 @actionable()
 def run(root: Path, *, names: Sequence[str], repair: bool) -> int:
     """Examine stores (default: all that are published), repair them if asked to; 1 if damage is left."""
-    params = load_params(root / "params.yaml")
+    params = load_params(root)
     there = published(root)
     names = chosen(params, names, there) if names else there
     if not names:
