@@ -61,6 +61,8 @@ def read_texts(root: Path) -> dict[str, str]:
     """
     put_in_place(root)
     texts = {str(path.relative_to(root)): path.read_text() for path in _files(root)}
+    for text in texts.values():
+        redaction.learn(text)  # before any message repeats a part of it
     if PARAMS not in texts:
         raise ParamsError(f"{root / PARAMS} does not exist")
     return texts

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,21 @@ def lay_over(texts: Mapping[str, str], overlay: str, name: str) -> dict[str, str
 
 def _compose(text: str, name: str) -> MappingNode:
     try:
-        return YAML(typ="safe").compose(text)
+        return _composed(text)
     except YAMLError as error:
         raise ProfileError(f"{name} is not valid YAML: {error}") from None
+
+
+@lru_cache(maxsize=64)  # an overlay changes few of the files, and several are laid one after another
+def _composed(text: str) -> MappingNode:
+    return YAML(typ="safe").compose(text)
+
+
+@lru_cache(maxsize=64)
+def _loaded(text: str) -> dict[str, Any]:
+    """What a text holds, not to be changed."""
+    found: dict[str, Any] = YAML(typ="safe").load(text)
+    return found
 
 
 def _parts(bases: Mapping[str, MappingNode], overlay: MappingNode, name: str) -> dict[str, MappingNode]:
@@ -200,7 +212,7 @@ def _check(result: Mapping[str, str], overlay: str, name: str) -> None:
     loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
     try:
         wanted = flatten(loader.load(overlay))
-        whole: dict[str, Any] = reduce(merge, (YAML(typ="safe").load(text) for text in result.values()), {})
+        whole: dict[str, Any] = reduce(merge, map(_loaded, result.values()), {})
     except YAMLError as error:
         raise ProfileError(f"{name} would make the parameters unreadable: {error}") from None
     got = flatten(whole)

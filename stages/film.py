@@ -22,10 +22,10 @@ from config.params import Params
 from data.drawing import pictures
 from data.reading.index import Index
 from data.scoring.submission import SUBMISSION, SampleDetections, read_detections
+from results.report.lineage import results, teachers_of
 from results.report.results import Arm, Study
 from results.report.scenes import extremes, fullest, scene_gains
 from stages.context import StageContext, StageError
-from stages.lineage import results, teachers_of
 
 logger = logging.getLogger(__name__)
 

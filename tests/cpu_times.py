@@ -46,14 +46,18 @@ class CpuTimes:
             self.tests[report.nodeid] += dict(report.user_properties).get(PROPERTY, 0.0)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        """Folders by CPU time, and the tests that used most."""
+        """Folders by CPU time, and the files and tests that used most."""
         if not self.tests:
             return
+        files: Counter[str] = Counter()
         folders: Counter[str] = Counter()
         for test, seconds in self.tests.items():
-            folders["/".join(test.partition("::")[0].split("/")[:FOLDER_PARTS])] += seconds
+            file = test.partition("::")[0]
+            files[file] += seconds
+            folders["/".join(file.split("/")[:FOLDER_PARTS])] += seconds
         terminalreporter.section(f"CPU seconds: {sum(folders.values()):.0f}")
-        for name, seconds in folders.most_common() + self.tests.most_common(config.getoption("durations")):
+        most = config.getoption("durations")
+        for name, seconds in folders.most_common() + files.most_common(most) + self.tests.most_common(most):
             terminalreporter.line(f"{seconds:8.1f}  {name}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from results.report import charts
+from results.report.about import About, Published
 from results.report.cost import read_costs
-from results.report.efficiency import NOTE, Pair, PairCost
+from results.report.efficiency import NOTE, PairCost
 from results.report.efficiency import efficiency as efficiency_of
 from results.report.features import Features
 from results.report.features import features as features_of
@@ -46,87 +47,49 @@ class Report:
     summary: str
 
 
-def build(
-    metrics: Path,
-    evaluations: Path,
-    cards: Path,
-    features: Path,
-    cost: Path,
-    film: Path,
-    *,
-    profile: str,
-    teachers: Sequence[str],
-    fusions: Mapping[str, Mapping[str, str]],
-    large: Sequence[str],
-    starts: Collection[str],
-    segmenters: Sequence[str],
-    stores: Sequence[str],
-    variants: Mapping[str, Mapping[str, Any]],
-    baselines: Collection[str],
-    pairs: Sequence[Pair],
-    featured: Sequence[str],
-    seeds: Sequence[int],
-    learned_from: Mapping[str, str],
-    seen: Collection[str],
-    search: tuple[Path, str] | None,
-    stages: Mapping[str, int],
-    edges: Sequence[tuple[str, str]],
-    scenes: int = 3,
-) -> Report:
+def build(published: Published, about: About, scenes: int = 3) -> Report:
     """Compare the runs of a study.
 
     Args:
-        metrics: folder of `<teacher>.json`, `<segmenter>.json` and `<variant>-<seed>.json`.
-        evaluations: folder with one folder per run: evaluation.json, metrics_details.json, pictures.json and the
-            pictures.
-        cards: folder of `<store>.json`, what extraction says of each store.
-        features: folder with one folder per run of a featured variant: features.json and the pictures that it names.
-        cost: file of what the models cost.
-        film: folder of film.json and the pictures that it names.
-        profile: name of the profile, for the note on what it can show.
-        teachers: names of the teachers of the study.
-        fusions: fusion teachers of the study -> sensor -> the one of the teachers that it takes it from.
-        large: names of the large camera teachers of the study.
-        starts: those of the teachers that others start from and nobody learns from.
-        segmenters: names of the instance segmentation teachers of the study.
-        stores: names of the stores of the study.
-        variants: the study's variants in order, name -> its entry of the parameters; the first is a baseline.
-        baselines: those of them that the ones behind them are compared with, beside the first.
-        pairs: of a large camera teacher and a student.
-        featured: those of them whose simulated LiDAR features are shown.
-        seeds: seeds of the study.
-        learned_from: teachers and "students" -> the split that they learned from.
-        seen: those of them that learned from scenes on which the study is scored.
-        search: folder of kept summaries, and the name of the study by which the weights of the terms were chosen.
-        stages: stage name -> number of instances, for the picture of the DAG.
-        edges: (from, to) pairs of stage names.
+        published: where the results are.
+        about: the study.
         scenes: how many keyframes to show.
 
     Raises:
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
-    rows = {name: entry.get("row") or "" for name, entry in variants.items()}
-    study = load_study(metrics, evaluations, teachers, rows, seeds, starts, [*fusions], large, baselines)
+    variants, profile = about.variants, about.profile
+    study = load_study(
+        published.metrics,
+        published.evaluations,
+        about.teachers,
+        about.rows,
+        about.seeds,
+        about.starts,
+        [*about.fusions],
+        about.large,
+        about.baselines,
+    )
     split = study.baseline.first["split"]
-    table, lines = comparison(study), notes(study, profile) + learning_notes(split, learned_from, seen)
-    fused, costs = fusions_of(study, fusions), read_costs(cost, study)
-    efficient = efficiency_of(study, pairs, costs)
-    simulated = features_of(features, featured, seeds, scenes)
-    taps, tested, best = stored_taps(cards, stores), significance(study), study.best
+    table, lines = comparison(study), notes(study, profile) + learning_notes(split, about.learned_from, about.seen)
+    fused, costs = fusions_of(study, about.fusions), read_costs(published.cost, study)
+    efficient = efficiency_of(study, about.pairs, costs)
+    simulated = features_of(published.features, about.featured, about.seeds, scenes)
+    taps, tested, best = stored_taps(published.cards, about.stores), significance(study), study.best
     html = _template().render(
         study=study,
         best=best,
         table=table,
         tested=tested,
         probability=probability,
-        film=read_film(film, study),
+        film=read_film(published.film, study),
         extremes=extremes(scene_gains(study, best)) if best else None,
         scene_count=len(scenes_of(study.baseline)),
         gains=[(metric, gains(study, costs, metric)) for metric in METRICS],
         notes=lines,
         units=UNITS,
         profile=profile,
-        profile_note=profile_note(profile, len(seeds)),
+        profile_note=profile_note(profile, len(about.seeds)),
         costs=costs,
         fusions=fused,
         efficient=efficient,
@@ -135,26 +98,28 @@ def build(
         families=families(efficient),
         size=SIZE,
         features=simulated,
-        segmenters=segmenters_of(metrics, evaluations, segmenters, scenes),
+        segmenters=segmenters_of(published.metrics, published.evaluations, about.segmenters, scenes),
         segmenter_metrics=SEGMENTER_METRICS,
         recipes=recipes(variants),
-        search=read_search(*search, variants) if search else None,
+        search=read_search(published.kept, about.search, variants) if about.search else None,
         taps=taps,
         augmentations=augmentations(taps),
         charts=[charts.bar_chart(study, metric) for metric in METRICS],
         heat=charts.heat_map(study),
         errors=ERRORS,
-        curves=charts.curves(study, _details(study, evaluations)),
+        curves=charts.curves(study, _details(study, published.evaluations)),
         pr_size=charts.PR_SIZE,
-        graph=charts.graph(stages, edges),
+        graph=charts.graph(about.stages, about.edges),
         node=charts.NODE,
-        gallery=gallery(study, evaluations, scenes),
+        gallery=gallery(study, published.evaluations, scenes),
         colour=_colours(study),
         number=number,
         difference=difference,
     )
-    numbers = summary(study, profile, learned_from, variants) | {
-        "fusions": {fusion.name: {"parts": dict(fusions[fusion.name]), "ahead": fusion.ahead} for fusion in fused},
+    numbers = summary(study, profile, about.learned_from, variants) | {
+        "fusions": {
+            fusion.name: {"parts": dict(about.fusions[fusion.name]), "ahead": fusion.ahead} for fusion in fused
+        },
         "features": {entry.variant: _correlations(entry) for entry in simulated},
         "cost": costs.numbers,
         "efficiency": [pair.numbers for pair in efficient],

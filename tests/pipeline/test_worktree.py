@@ -266,6 +266,10 @@ def test_changes_that_would_be_missing_are_refused(toy: Project, tmp_path: Path)
     toy.edit("params.yaml", "azimuths: 1080", "azimuths: 1081")
     assert "these changes are not: params.yaml; commit them" in refusal(root, new, study="one")
     toy.edit("params.yaml", "azimuths: 1081", "azimuths: 1080")
+    (root / "params/arms").mkdir(parents=True)
+    toy.write("params/arms/own.yaml", "variants:\n  own: {student: camera, terms: []}\n")
+    assert "these changes are not: params/arms/own.yaml; commit them" in refusal(root, new, study="one")
+    shutil.rmtree(root / "params")
     made = make(new, root, study="one")  # what studies and runs write is no change
     assert made.study == "one"
 

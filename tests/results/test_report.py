@@ -24,16 +24,16 @@ from config.params import Params
 from data.preparing.build import build_index
 from data.reading.classes import CLASSES
 from data.reading.index import Index
+from results.report.about import About, Published, learned_from, pairs, stage_graph
 from results.report.build import Report, build
 from results.report.charts import curve_path, graph, reduced, round_ticks
 from results.report.efficiency import Compression, Pair, compression
+from results.report.lineage import starts
 from results.report.results import ERRORS, EVALUATION, ReportError, load_study
 from results.report.scenes import extremes, scene_gains
 from results.report.significance import probability
 from results.report.statistics import holm, mean_interval, paired_difference
 from results.report.tradeoff import log_ticks, side_by_side, span_ticks
-from stages.lineage import starts
-from stages.report import learned_from, pairs, stage_graph
 from stages.report import seen as seen_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,8 +234,8 @@ def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
-    folders = (root / name for name in ("metrics", "evaluations", "stores", "features", "cost.json", "film"))
-    return build(*folders, **{**given, **changes})
+    places = (root / name for name in ("metrics", "evaluations", "stores", "features", "cost.json", "film", ""))
+    return build(Published(*places), About(**{**given, **changes}))
 
 
 def section(report: Report, name: str) -> str:
@@ -887,7 +887,7 @@ def test_the_summary_of_one_study_shows_another_how_its_weights_were_chosen(tmp_
     assert (summary["profile"], summary["split"], summary["seeds"]) == ("bench-cpu", "val", [0, 1])
     (tmp_path / "weights.json").write_text(report.summary)
     other = {"baseline": PLAIN, "xfd": VARIANTS["xfd"], "xod-<b>": {**PLAIN, "terms": {"xod": {**TERM, "weight": 1.0}}}}
-    text = section(make_report(tmp_path, [0], variants=other, search=(tmp_path, "weights")), "weights")
+    text = section(make_report(tmp_path, [0], variants=other, search="weights"), "weights")
     rows = [cells(row) for row in text.split("<tr")[2:]]
     assert [row[:2] for row in rows] == [
         ["baseline", "no distillation"],
@@ -908,12 +908,12 @@ def baseline_runs(root: Path) -> list[float]:
 def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
     make_study(tmp_path, [0])
     assert '<section id="weights">' not in make_report(tmp_path, [0]).html
-    text = section(make_report(tmp_path, [0], search=(tmp_path, "x3kd-weights")), "weights")
+    text = section(make_report(tmp_path, [0], search="x3kd-weights"), "weights")
     assert "not in <code>studies/results</code> yet" in text
     for content in ("{", "[]", "{}", '{"variants": {"a": {}}}'):
         (tmp_path / "x3kd-weights.json").write_text(content)
         with pytest.raises(ReportError, match=r"x3kd-weights.json is not the summary of a study"):
-            make_report(tmp_path, [0], search=(tmp_path, "x3kd-weights"))
+            make_report(tmp_path, [0], search="x3kd-weights")
 
 
 @pytest.mark.parametrize(
@@ -1006,7 +1006,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     add_large(tmp_path, 0.4, 0.2, 0.3)
     add_features(tmp_path, [0, 1])
     report = make_report(
-        tmp_path, [0, 1], search=(tmp_path, "x3kd-weights"), fusions=FUSION, featured=["xfd"],
+        tmp_path, [0, 1], search="x3kd-weights", fusions=FUSION, featured=["xfd"],
         large=["giant"], pairs=[PAIR],
     )  # fmt: skip
     text = report.html

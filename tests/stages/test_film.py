@@ -23,11 +23,11 @@ from data.reading.index import Index
 from data.scoring.metrics import evaluate_submission, open_tables, summary
 from data.scoring.submission import SampleDetections, build_submission, read_detections, write_submission
 from results.report.film import read_film
+from results.report.lineage import results
 from results.report.results import METRICS, ReportError
 from results.tracking.runs import NullTracker
 from stages import film
 from stages.context import StageContext, StageError, Stop
-from stages.lineage import results
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = "v1.0-trainval"
