@@ -6,7 +6,8 @@ stands in another section is named, not repeated: every model gets `grid`, and a
     terms: [xod_cls, xod_reg]              # as they are in `terms`
     terms: {xod_cls: {}, xfd: {weight: 1}}  # with other values of their keys
 
-A term that is a variant's own is written there whole.
+A term that is a variant's own is written there whole. `like: simdistill` gives a variant the student, model, training
+and start of another one, over which its own are laid.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from base import redaction
+from config.nested import merge
 from config.params import Params, ParamsError
 from config.wording import problems, suggest
 
 PARAMS: Final = "params.yaml"
 FOLDER: Final = "params"
 SPREAD: Final = ("terms", "variants")  # sections that several files may have a part of
+SHARED: Final = ("student", "model", "train", "start")  # what a variant that is like another one has of it
 LAID: Final = ".params-laid"  # whole files that are about to take their places
 
 
@@ -179,7 +182,26 @@ def _composed(texts: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
                 homes[place] = file
             known = whole.get(section)
             whole[section] = {**known, **content} if spread and isinstance(known, Mapping) else content
-    return whole, wrong + _with_grid(whole) + _with_terms(whole)
+    return whole, wrong + _with_likes(whole) + _with_grid(whole) + _with_terms(whole)
+
+
+def _with_likes(whole: dict[str, Any]) -> list[str]:
+    """Give variants what they have in common with others."""
+    wrong: list[str] = []
+    variants = dict(_entries(whole, "variants"))
+    for name, entry in variants.items():
+        if "like" not in entry:
+            continue
+        other = variants.get(entry["like"])
+        own = {key: value for key, value in entry.items() if key != "like"}
+        if other is None:
+            wrong.append(f"variants.{name}.like: {entry['like']!r} is unknown{suggest(str(entry['like']), variants)}")
+        elif "like" in other:
+            wrong.append(f"variants.{name}.like: {entry['like']!r} is like {other['like']!r} itself: name that")
+        else:
+            own = merge({key: other[key] for key in SHARED if key in other}, own)
+        whole["variants"][name] = own
+    return wrong
 
 
 def _with_grid(whole: dict[str, Any]) -> list[str]:

@@ -362,6 +362,57 @@ def test_variant_overrides_its_student(tmp_path: Path) -> None:
     assert params.student("baseline").train.epochs == params.students["camera"].train.epochs
 
 
+def written(root: Path, **files: str) -> None:
+    """params.yaml of a tiny project, and files beside it in params/."""
+    (root / "params.yaml").write_text(params_text())
+    (root / "params").mkdir()
+    for name, text in files.items():
+        (root / f"params/{name}.yaml").write_text(text)
+
+
+def test_a_variant_names_its_terms_and_another_variant(tmp_path: Path) -> None:
+    written(
+        tmp_path,
+        one="terms: {far: {student: bev_neck, teacher: lidar.bev_lift, distance: l1, weight: 2.0}}\n"
+        "variants: {named: {student: camera, train: {epochs: 9}, terms: [far, xod_cls]}}\n",
+        two="variants:\n  other: {like: named, terms: {far: {weight: 5.0}}}\n"
+        "  third:\n    like: named\n    train: {lr: 0.5}\n"
+        "    terms: {own: {student: head, teacher: lidar.boxes, distance: qfl, weight: 1}}\n",
+    )
+    params = load_params(tmp_path)
+    named, other, third = (params.variants[name] for name in ("named", "other", "third"))
+    assert list(named.terms) == ["far", "xod_cls"]
+    assert named.terms["xod_cls"] == params.terms["xod_cls"]
+    assert (other.student, other.train, other.terms["far"].weight) == ("camera", {"epochs": 9}, 5.0)
+    assert other.terms["far"].distance == "l1"
+    assert third.train == {"epochs": 9, "lr": 0.5}
+    assert list(third.terms) == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("variants: {a: {student: camera, terms: [xod_cl]}}", "variants.a.terms: 'xod_cl' is unknown; did you mean"),
+        ("variants: {a: {student: camera, terms: {xod_cl: {weight: 1}}}}", "variants.a.terms: 'xod_cl' is unknown"),
+        ("variants: {a: {student: camera, terms: [xod_cls, xod_cls]}}", "variants.a.terms: 'xod_cls' is listed more"),
+        ("variants: {a: {like: xodd, terms: []}}", "variants.a.like: 'xodd' is unknown; did you mean 'xod'"),
+        ("variants: {a: {like: xod, terms: []}, b: {like: a, terms: []}}", "variants.b.like: 'a' is like 'xod' itself"),
+        ("variants: {a: {student: camera, terms: [xod_cls], model: {grid: {}}}}", "variants.a.model.grid: every model"),
+        ("variants: {xod: {student: camera, terms: []}}", "variants.xod: stands in params.yaml and in params/one.yaml"),
+        ("seed: 1", "seed: stands in params.yaml and in params/one.yaml"),
+        ("terms: {bad: {student: head, teacher: lidar.boxes, distance: qfl, weight: -1}}\n"
+         "variants: {a: {student: camera, terms: [bad]}, b: {student: camera, terms: [bad]}}", "terms.bad.weight: -1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_said_once_with_its_file(tmp_path: Path, text: str, line: str) -> None:
+    written(tmp_path, one=text + "\n")
+    with pytest.raises(ParamsError) as error:
+        load_params(tmp_path)
+    lines = str(error.value).splitlines()[1:]
+    assert sum(line in each for each in lines) == 1, error.value
+    assert "params/one.yaml" in next(each for each in lines if line in each), error.value
+
+
 def test_dict_helpers() -> None:
     assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": 3}) == {"a": {"b": 1, "c": [2]}, "d": 3}
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}

@@ -106,7 +106,7 @@ def test_a_profile_that_breaks_the_schema_changes_nothing(folder: Path) -> None:
 def test_values_go_into_the_files_that_have_their_keys(folder: Path) -> None:
     """Of terms and variants each into that of its paper; what no file has is named with the files that might."""
     texts = read_texts(folder)
-    overlay = "seed: 4\nterms: {xfd: {weight: 7.0}, cmd: {weight: 8.0}}\nvariants: {joint-alone: {student: camera}}\n"
+    overlay = "seed: 4\nterms: {xfd: {weight: 7.0}, cmd: {weight: 8.0}}\nvariants: {joint-alone: {terms: [xfd]}}\n"
     changed = lay_over(texts, overlay, "x")
     files = {"params.yaml", *(f"params/arms/{name}.yaml" for name in ("x3kd", "simdistill", "combined"))}
     assert {file for file, text in changed.items() if text != texts[file]} == files
