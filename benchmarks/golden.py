@@ -45,7 +45,7 @@ if (root / "params").is_dir():
 else:  # commits whose second steps are lists
     set_study(root / "params.yaml", study | {key: list(study[key]) for key in ("fusions", "large")})
 run_all(root)
-for folder in sorted((root / "outputs/stores").iterdir()):
+for folder in sorted((root / "outputs/stores").glob("*/")):
     store, found = Store.open(folder), hashlib.sha256()
     for token in sorted(store.tokens):
         for name, value in sorted(store.read(token).items()):

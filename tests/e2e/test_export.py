@@ -19,7 +19,7 @@ from stages.inputs.weights import save_detector
 from tests.e2e.conftest import Project
 from tests.params_files import lay_text
 
-pytestmark = pytest.mark.xdist_group("real")
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("real")]
 VERSION, SPLITS = "v1.0-mini", ("mini_train", "mini_val")
 
 
