@@ -19,7 +19,8 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from base.errors import PipelineError
-from config.files import SPREAD, lay, parse, read_texts
+from config.composing import SPREAD
+from config.files import lay, parse, parse_yaml, read_texts
 from config.nested import flatten, merge
 from config.params import Params, ParamsError
 
@@ -86,7 +87,12 @@ def lay_over(texts: Mapping[str, str], overlay: str, name: str) -> dict[str, str
     Raises:
         ProfileError: naming the overlay and the key that does not fit.
     """
-    bases, overlay_node = {file: _compose(text, file) for file, text in texts.items()}, _compose(overlay, name)
+    try:
+        for text, file in [*((text, file) for file, text in texts.items()), (overlay, name)]:
+            _mapping(text, file)
+    except ParamsError as error:
+        raise ProfileError(str(error)) from None
+    bases, overlay_node = {file: _node(text) for file, text in texts.items()}, _node(overlay)
     result = dict(texts)
     for file, part in _parts(bases, overlay_node, name).items():
         edits = list(_edits(bases[file], part, "", (texts[file], overlay, (name, file))))
@@ -96,23 +102,16 @@ def lay_over(texts: Mapping[str, str], overlay: str, name: str) -> dict[str, str
     return result
 
 
-def _compose(text: str, name: str) -> MappingNode:
-    try:
-        return _composed(text)
-    except YAMLError as error:
-        raise ProfileError(f"{name} is not valid YAML: {error}") from None
-
-
-@lru_cache(maxsize=64)  # an overlay changes few of the files, and several are laid one after another
-def _composed(text: str) -> MappingNode:
+# An overlay changes few of the files, and several are laid one after another, so that most texts are read again.
+@lru_cache(maxsize=64)
+def _node(text: str) -> MappingNode:
     return YAML(typ="safe").compose(text)
 
 
 @lru_cache(maxsize=64)
-def _loaded(text: str) -> dict[str, Any]:
-    """What a text holds, not to be changed."""
-    found: dict[str, Any] = YAML(typ="safe").load(text)
-    return found
+def _mapping(text: str, name: str) -> dict[str, Any]:
+    """What a text holds, not to be changed; an overlay's tags are left out."""
+    return parse_yaml(_TAG.sub(" ", text) if _REPLACE in text else text, name)
 
 
 def _parts(bases: Mapping[str, MappingNode], overlay: MappingNode, name: str) -> dict[str, MappingNode]:
@@ -126,6 +125,7 @@ def _parts(bases: Mapping[str, MappingNode], overlay: MappingNode, name: str) ->
         if key.value not in SPREAD or not isinstance(value, MappingNode):
             _add(parts, next(iter(homes)), key, value)
             continue
+        homes = {file: content for file, content in homes.items() if isinstance(content, MappingNode)}
         for entry in value.value:
             own = [file for file, content in homes.items() if _content(content, entry[0].value) is not None]
             if not own:
@@ -212,8 +212,8 @@ def _check(result: Mapping[str, str], overlay: str, name: str) -> None:
     loader.constructor.add_constructor(_REPLACE, lambda self, node: self.construct_mapping(node, deep=True))
     try:
         wanted = flatten(loader.load(overlay))
-        whole: dict[str, Any] = reduce(merge, map(_loaded, result.values()), {})
-    except YAMLError as error:
+        whole: dict[str, Any] = reduce(merge, (_mapping(text, file) for file, text in result.items()), {})
+    except (YAMLError, ParamsError) as error:
         raise ProfileError(f"{name} would make the parameters unreadable: {error}") from None
     got = flatten(whole)
     if wrong := [key for key, value in wanted.items() if got.get(key, ...) != value]:

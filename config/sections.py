@@ -111,7 +111,7 @@ PartsStart = Annotated[
     Discriminator(_kind_of_parts_start),
     BeforeValidator(_listed),
 ]
-KINDS: Final = {"<teachers>": TeacherStart, "<parts>": PartStart, "<weights>": ImportParams}  # what the tags stand for
+TAGS: Final = {"<teachers>": TeacherStart, "<parts>": PartStart, "<weights>": ImportParams}  # what the tags stand for
 
 
 class TeacherParams(Section):
@@ -310,10 +310,11 @@ class CameraParts(Section):
     camera: str
 
 
-class FusionParts(CameraParts):
+class FusionParts(Section):
     """Of what a fusion teacher is made: names of entries of `teachers`."""
 
     lidar: str
+    camera: str
 
 
 class StudyParams(Section):
@@ -323,7 +324,7 @@ class StudyParams(Section):
     teachers: list[str]
     # Teachers that are trained in a second step, from parts: those of both sensors, and of cameras alone.
     fusions: dict[str, FusionParts]
-    large: dict[str, CameraParts] = {}
+    large: dict[str, CameraParts]
     segmenters: list[str]
     stores: list[str]
     variants: list[str]

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from config.sections import KINDS
+from config.sections import TAGS
 
 NO_NAME: Final = "no name: it is made of letters, digits, _ and -, with a letter in it"
 
@@ -19,9 +19,10 @@ NO_NAME: Final = "no name: it is made of letters, digits, _ and -, with a letter
 def problems(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     """One line per problem of a ValidationError: dotted key, value, what is allowed."""
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in KINDS)
+        where = ".".join(str(part) for part in item["loc"] if part not in TAGS)
         if item["type"] == "extra_forbidden":
             known = _fields(model, item["loc"][:-1])
+            known += ["like"] if item["loc"][:1] == ("variants",) and len(item["loc"]) == 3 else []
             yield f"{where}: unknown key{suggest(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
             yield f"{where}: missing"
@@ -45,13 +46,20 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str
     """Names of the fields of the section at `location`."""
     kind: Any = model
     for part in location:
-        if part in KINDS:
-            kind = KINDS[str(part)]
+        if part in TAGS:
+            kind = TAGS[str(part)]
         elif isinstance(kind, type) and issubclass(kind, BaseModel) and not isinstance(part, int):
-            kind = kind.model_fields[str(part)].annotation
+            kind = _section(kind.model_fields[str(part)].annotation)
         elif isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[-1]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """A field's type; of a section that may be left out the section."""
+    alternatives = [one for one in typing.get_args(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return alternatives[0] if union and alternatives else annotation
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ class Recipe(nn.Module):
         terms: term configs by name.
         targets: the student's target encoder.
         student_channels: channels of the student's taps.
-        teacher_channels: channels of the teachers' dense taps, by `<teacher>.<tap>`.
+        teacher_channels: channels of the teachers' dense taps, by `<store>.<tap>`.
         statistics: standard deviation per channel [C] of the teachers' dense taps; 1 where absent.
         stride: pixels per cell of the student's tap `pv`; terms in the image need it.
 
@@ -79,9 +79,9 @@ class Recipe(nn.Module):
 
         Args:
             student: the student's prediction with `student_taps`.
-            teacher: outputs by `<teacher>.<tap>` in the batch's augmented frame; `boxes` a list of [K, 11] (box,
+            teacher: outputs by `<store>.<tap>` in the batch's augmented frame; `boxes` a list of [K, 11] (box,
                 score, label), `inst2d` per sample and camera its instances, maps [B, C, H, W], with
-                `<teacher>.<tap>.valid` bool [B, 1, H, W] where warped.
+                `<store>.<tap>.valid` bool [B, 1, H, W] where warped.
             batch: the student's batch.
             progress: fraction of training done, 0 to 1.
 

@@ -39,7 +39,7 @@ class Term(nn.Module, ABC):
 
         Args:
             student: the student's prediction with `student_taps`.
-            teacher: outputs by `<teacher>.<tap>` in the batch's augmented frame.
+            teacher: outputs by `<store>.<tap>` in the batch's augmented frame.
             batch: the student's batch.
             progress: fraction of training done, 0 to 1.
         """

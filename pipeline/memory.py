@@ -70,6 +70,9 @@ def gpu_gigabytes() -> float | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that does not answer is no reason to say no plan
+        return None
     sizes = [float(line) for line in done.stdout.splitlines() if line.strip().isdecimal()]
     return min(sizes) * 2**20 / 1e9 if sizes else None

@@ -138,14 +138,15 @@ def _check_committed(root: Path) -> None:
 
 def _is_work(name: str, root: Path) -> bool:
     """Whether a file that is not as committed holds what a person did; links to data are made again."""
-    if name == PARAMS or name.startswith(f"{FOLDER}/"):
+    if name == PARAMS or (name.startswith(f"{FOLDER}/") and name.endswith(".yaml")):
         return _edited_by_hand(name, root)
     return not name.startswith(MADE) and not (root / name).is_symlink()
 
 
 def _edited_by_hand(name: str, root: Path) -> bool:
     """Whether a file of the parameters differs from the committed one by more than what is laid over it."""
-    committed = _git(root, "ls-tree", "-r", "--name-only", "HEAD", PARAMS, FOLDER).splitlines()
+    listed = _git(root, "ls-tree", "-r", "--name-only", "HEAD", PARAMS, FOLDER).splitlines()
+    committed = [file for file in listed if file.endswith(".yaml")]
     here, there = read_texts(root), {file: _git(root, "show", f"HEAD:{file}") + "\n" for file in committed}
     if GROUND in available(root):
         here, there = (lay_over(texts, *profile_overlay(GROUND, root)) for texts in (here, there))

@@ -11,7 +11,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from config.files import FOLDER, PARAMS, lay, read_texts
+from config.composing import composed, gathered
+from config.files import FOLDER, PARAMS, lay, parse_yaml, read_texts
 from config.profiles import lay_over
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,13 @@ HOMES = {
     "terms": "arms/all",
     "variants": "arms/all",
 }
+
+
+def read_params(root: Path = ROOT) -> dict[str, Any]:
+    """The parameters of a project as one mapping of sections, in which nothing is named any more."""
+    whole, wrong = gathered({file: parse_yaml(text, file) for file, text in read_texts(root).items()})
+    assert wrong + composed(whole) == []
+    return whole
 
 
 def copy_params(root: Path) -> None:

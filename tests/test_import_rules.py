@@ -173,10 +173,10 @@ def test_a_stage_starts_without_what_it_does_not_use(stages: tuple[str, ...], id
 import sys
 import {", ".join(f"stages.{name}" for name in stages)}
 if "models.detectors.detector" in sys.modules:
-    from config.files import read_params
+    from config.files import load_params
     from models.detectors.build import build_detector
-    for teacher in read_params()["teachers"].values():
-        build_detector(teacher["model"])
+    for teacher in load_params().teachers.values():
+        build_detector(teacher.model)
 print([name for name in {idle} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

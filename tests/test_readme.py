@@ -48,10 +48,10 @@ def test_what_is_not_run_is_said_once() -> None:
 
 
 def test_the_example_of_a_variant_is_valid() -> None:
-    example = re.search(r"```yaml\nvariants:\n(.*?)(study:\n.*?)```", TEXT, re.DOTALL)
+    example = re.search(r"```yaml\n(variants:.*?)```\n\n```yaml\n(study:.*?)```", TEXT, re.DOTALL)
     assert example
     variant, study = example.groups()
-    texts = read_texts(ROOT) | {"params/arms/own.yaml": f"variants:\n{variant}"}
+    texts = read_texts(ROOT) | {"params/arms/own.yaml": variant}
     params = parse(lay_over(texts, study, "README"))
     assert params.variants["xod-strong"].terms["xod_cls"].weight == 2.0
     assert params.study.variants == ["baseline", "xod-strong"]

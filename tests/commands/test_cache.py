@@ -20,7 +20,6 @@ from PIL import Image
 
 from base.environment import ROOMS, die_with_parent
 from base.errors import PipelineError
-from config.files import read_params
 from config.nested import merge
 from config.sections import StoreParams
 from data.drawing.pictures import Boxes, draw_map, feature_colours
@@ -32,7 +31,7 @@ from pipeline.commands.cache import plan
 from pipeline.commands.cache.plan import TRAINVAL, StoreCost, describe, tap_costs
 from pipeline.commands.cache.table import duration, table
 from stages.inputs.weights import save_detector
-from tests.params_files import copy_params, write_params
+from tests.params_files import copy_params, read_params, write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 4

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config.files import load_params, read_params
+from config.files import load_params
 from config.nested import merge
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
@@ -39,7 +39,7 @@ from tests.models.factory import (
     simulated_config,
     trained,
 )
-from tests.params_files import write_params
+from tests.params_files import read_params, write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "two-words-3"

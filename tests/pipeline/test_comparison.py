@@ -18,7 +18,6 @@ from mlflow.entities import DatasetInput, Run
 from PIL import Image
 
 from config import graph
-from config.files import read_params
 from config.nested import merge
 from config.params import Params
 from results.report.results import load_study
@@ -26,6 +25,7 @@ from results.tracking import runs as tracking
 from results.tracking import sending
 from results.tracking import study_runs as comparison
 from results.tracking.runs import JOURNALS, MlflowTracker, replay
+from tests.params_files import read_params
 from tests.pipeline.project import ROOT, Project
 
 NDS = {"baseline-0": 0.30, "baseline-1": 0.34, "xod-0": 0.36, "xod-1": 0.35, "lidar": 0.6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from config.files import load_params
+from config.files import load_params, read_texts
 from config.nested import flatten, merge
 from config.params import Params, ParamsError, split_key
+from config.profiles import ProfileError, lay_over
+from tests.params_files import write_params
 from tests.pipeline.project import REMOVED, ROOT, params_text
 
 
@@ -362,12 +365,11 @@ def test_variant_overrides_its_student(tmp_path: Path) -> None:
     assert params.student("baseline").train.epochs == params.students["camera"].train.epochs
 
 
-def written(root: Path, **files: str) -> None:
-    """params.yaml of a tiny project, and files beside it in params/."""
-    (root / "params.yaml").write_text(params_text())
-    (root / "params").mkdir()
-    for name, text in files.items():
-        (root / f"params/{name}.yaml").write_text(text)
+def written(root: Path, **arms: str) -> None:
+    """The parameters of a tiny project in their files, and files of arms beside them."""
+    write_params(root, YAML(typ="safe", pure=True).load(params_text()))
+    for name, text in arms.items():
+        (root / f"params/arms/{name}.yaml").write_text(text)
 
 
 def test_a_variant_names_its_terms_and_another_variant(tmp_path: Path) -> None:
@@ -395,11 +397,21 @@ def test_a_variant_names_its_terms_and_another_variant(tmp_path: Path) -> None:
         ("variants: {a: {student: camera, terms: [xod_cl]}}", "variants.a.terms: 'xod_cl' is unknown; did you mean"),
         ("variants: {a: {student: camera, terms: {xod_cl: {weight: 1}}}}", "variants.a.terms: 'xod_cl' is unknown"),
         ("variants: {a: {student: camera, terms: [xod_cls, xod_cls]}}", "variants.a.terms: 'xod_cls' is listed more"),
+        ("variants: {a: {like: a, terms: []}}", "variants.a.like: 'a' is like another one: name a variant"),
+        ("variants: {a: {like: [xod], terms: []}}", "variants.a.like: ['xod'] is unknown"),
+        ("variants: {a: {lik: xod, student: camera, terms: []}}", "variants.a.lik: unknown key; did you mean 'like'?"),
+        ("variants: {a: {student: camera, terms: xfd}}", "variants.a.terms: 'xfd': must be a list of names"),
+        ("variants: {a: {student: camera, terms: }}", "variants.a.terms: None: must be a list of names"),
+        ("variants: {a: {student: camera, terms: {xod_clss: {teacher: lidar.boxes}}}}", "'xod_clss' is unknown"),
+        ("variants: [a]", "variants: in params/arms/one.yaml it must be a mapping of names, not list"),
+        ("terms: {bad: {student: head, teacher: lidr.boxes, distance: qfl, weight: 1}}\n"
+         "variants: {a: {student: camera, terms: [bad]}, b: {student: camera, terms: [bad]}}",
+         "terms.bad.teacher: 'lidr.boxes' names an unknown store; did you mean 'lidar'"),
         ("variants: {a: {like: xodd, terms: []}}", "variants.a.like: 'xodd' is unknown; did you mean 'xod'"),
-        ("variants: {a: {like: xod, terms: []}, b: {like: a, terms: []}}", "variants.b.like: 'a' is like 'xod' itself"),
-        ("variants: {a: {student: camera, terms: [xod_cls], model: {grid: {}}}}", "variants.a.model.grid: every model"),
-        ("variants: {xod: {student: camera, terms: []}}", "variants.xod: stands in params.yaml and in params/one.yaml"),
-        ("seed: 1", "seed: stands in params.yaml and in params/one.yaml"),
+        ("variants: {a: {like: xod, terms: []}, b: {like: a, terms: []}}", "variants.b.like: 'a' is like a"),
+        ("variants: {a: {student: camera, terms: [xod_cls], model: {grid: {}}}}", "variants.a.model.grid: every"),
+        ("variants: {xod: {student: camera, terms: []}}", "variants.xod: stands in params/arms/all.yaml and in"),
+        ("seed: 1", "seed: stands in params/arms/one.yaml, and dvc.yaml looks for it in params.yaml"),
         ("terms: {bad: {student: head, teacher: lidar.boxes, distance: qfl, weight: -1}}\n"
          "variants: {a: {student: camera, terms: [bad]}, b: {student: camera, terms: [bad]}}", "terms.bad.weight: -1"),
     ],
@@ -410,7 +422,7 @@ def test_a_mistake_is_said_once_with_its_file(tmp_path: Path, text: str, line: s
         load_params(tmp_path)
     lines = str(error.value).splitlines()[1:]
     assert sum(line in each for each in lines) == 1, error.value
-    assert "params/one.yaml" in next(each for each in lines if line in each), error.value
+    assert "params/arms/one.yaml" in next(each for each in lines if line in each), error.value
 
 
 def test_dict_helpers() -> None:
@@ -419,3 +431,53 @@ def test_dict_helpers() -> None:
     assert split_key("xod-xfd-3") == ("xod-xfd", 3)
     with pytest.raises(ParamsError, match="<variant>-<seed>"):
         split_key("lidar")
+
+
+def test_other_values_of_a_term_keep_what_they_do_not_name(tmp_path: Path) -> None:
+    """Within a mask or adapter too, unless it is of another kind; so does `like`, for which a start is one thing."""
+    start = "{teacher: start, only: [images], resample: true}"
+    written(
+        tmp_path,
+        one="variants:\n"
+        "  same: {student: camera, terms: {xod_cls: {mask: {threshold: 0.5}}}}\n"
+        "  other: {student: camera, terms: {xod_cls: {mask: {kind: none}}}}\n"
+        f"  begun: {{student: camera, truth: false, start: {start}, terms: [xod_cls]}}\n"
+        "  again: {like: begun, start: {teacher: start}, terms: [xod_cls]}\n",
+        empty="variants:\n",
+    )
+    variants = load_params(tmp_path).variants
+    assert variants["same"].terms["xod_cls"].mask.model_dump() == {"kind": "teacher_conf", "threshold": 0.5}
+    assert variants["other"].terms["xod_cls"].mask.model_dump() == {"kind": "none"}
+    assert variants["again"].truth is False
+    assert [(start.only, start.resample) for start in variants["again"].starts] == [(None, False)]
+    assert "xod" in variants  # an empty section takes nothing away
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "params/arms/one.yaml is empty: it must be a mapping of sections"),
+        (b"- a", "params/arms/one.yaml must be a mapping of sections, not list"),
+        (b"variants: {\xff: 1}", "one.yaml is not UTF-8 text: invalid start byte at byte 11"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    written(tmp_path)
+    (tmp_path / "params/arms/one.yaml").write_bytes(content)
+    for read in (load_params, lambda root: lay_over(read_texts(root), "seed: 3\n", "x")):
+        with pytest.raises((ParamsError, ProfileError), match=re.escape(message)):
+            read(tmp_path)
+
+
+def test_what_an_editor_leaves_is_no_file_and_other_endings_are_named(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "params/arms/.#x3kd.yaml").symlink_to("someone@host.1234")
+    assert load_params(tmp_path).profile == "demo"
+    (tmp_path / "params/arms/more.yml").write_text("variants: {}\n")
+    with pytest.raises(ParamsError, match=r"params/arms/more.yml: files of params end in .yaml: rename"):
+        load_params(tmp_path)
+
+
+def test_a_key_of_a_section_that_may_be_left_out_has_its_suggestions(tmp_path: Path) -> None:
+    message = broken(tmp_path, data__instances={"root": "a", "train": "b", "val": "c", "rot": "d"})
+    assert "data.instances.rot: unknown key; did you mean 'root'?; allowed: root, train, val" in message

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from config.files import LAID, lay, load_params, read_texts
+from config.files import LAID, load_params, read_texts
 from config.profiles import ProfileError, apply_profile, available, lay_over
 from tests.params_files import contents
 from tests.pipeline.project import ROOT
@@ -142,11 +142,7 @@ profiles.apply_profile("nuscenes-simdistill", Path.cwd())
 def test_a_profile_is_laid_over_all_files_or_none(folder: Path, moves: int) -> None:
     """Also where its process is killed before the first, or between two of the files that it writes."""
     before = contents(folder)
-    command = [sys.executable, "-c", KILLED, str(moves)]
-    done = subprocess.run(
-        command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 9, done.stderr
+    killed(folder, moves)
     if moves < 0:
         assert load_params(folder).profile == "demo"
         assert contents(folder) == before
@@ -159,10 +155,59 @@ def test_a_profile_is_laid_over_all_files_or_none(folder: Path, moves: int) -> N
     assert contents(folder) == before
 
 
-def test_two_may_finish_what_a_killed_one_began(folder: Path) -> None:
-    """A file that another process has moved already is no fault."""
-    lay({"params.yaml": (folder / "params.yaml").read_text()}, folder)
-    (folder / LAID / "params").mkdir(parents=True)
-    (folder / LAID / "params/stores.yaml").write_text((folder / "params/stores.yaml").read_text())
+def killed(folder: Path, moves: int) -> None:
+    """Lay a profile by a process that ends after so many of its files."""
+    command, environment = [sys.executable, "-c", KILLED, str(moves)], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+
+
+def test_several_may_finish_what_a_killed_one_began(folder: Path) -> None:
+    killed(folder, 1)
     with ThreadPoolExecutor(8) as pool:
-        assert len({params.profile for params in pool.map(load_params, [folder] * 8)}) == 1
+        found = list(pool.map(load_params, [folder] * 8))
+    assert all(params == found[0] for params in found)
+    assert found[0].profile == "nuscenes-simdistill"
+
+
+def test_what_a_person_edited_since_is_left(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    killed(folder, 0)
+    text = (folder / "params.yaml").read_text().replace("seed: 0 ", "seed: 7 ", 1)
+    (folder / "params.yaml").write_text(text)
+    read_texts(folder)
+    assert (folder / "params.yaml").read_text() == text
+    assert "edited since, and left as they are: params.yaml: lay it again" in caplog.text
+    assert apply_profile("demo", folder).profile == "demo"
+
+
+def test_mode_links_and_ends_of_lines_stay(folder: Path) -> None:
+    elsewhere = folder / "elsewhere.yaml"
+    (folder / "params/stores.yaml").rename(elsewhere)
+    (folder / "params/stores.yaml").symlink_to(elsewhere)
+    (folder / "params.yaml").chmod(0o640)
+    file = folder / "params/detectors.yaml"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    before = contents(folder)
+    apply_profile("nuscenes-simdistill", folder)
+    assert (folder / "params/stores.yaml").is_symlink()
+    assert (folder / "params.yaml").stat().st_mode & 0o777 == 0o640
+    assert contents(folder)["params/stores.yaml"] != before["params/stores.yaml"]
+    apply_profile("demo", folder)
+    assert contents(folder) == before
+
+
+def test_readers_see_all_of_a_profile_or_nothing(folder: Path) -> None:
+    """While profiles are laid one after another, every reading is of one of them."""
+    script = (
+        "from pathlib import Path\nfrom config import profiles\n"
+        "for name in ['nuscenes-simdistill', 'demo'] * 6:\n    profiles.apply_profile(name, Path.cwd())\n"
+    )
+    seen = set()
+    with subprocess.Popen([sys.executable, "-c", script], cwd=folder, env={"PYTHONPATH": str(ROOT)}) as laying:
+        while laying.poll() is None:
+            texts = read_texts(folder)
+            wide = "range: 54.0" in texts["params.yaml"]
+            assert wide == ("halo: 20.4" in texts["params/stores.yaml"])
+            seen.add(wide)
+    assert laying.returncode == 0
+    assert seen == {True, False}

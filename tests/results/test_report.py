@@ -17,7 +17,6 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from config.files import read_params
 from config.graph import Node
 from config.nested import merge
 from config.params import Params
@@ -35,6 +34,7 @@ from results.report.significance import probability
 from results.report.statistics import holm, mean_interval, paired_difference
 from results.report.tradeoff import log_ticks, side_by_side, span_ticks
 from stages.report import seen as seen_by
+from tests.params_files import read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 TERM = {

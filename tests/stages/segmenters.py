@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -19,6 +18,7 @@ from stages.context import StageContext, Stop
 from stages.inputs.segmenters import segmenter_config
 from stages.inputs.weights import save_detector
 from tests.models.test_segmenter import small_model
+from tests.params_files import read_params
 from tests.stages.untrained import make_root
 
 ROOT = Path(__file__).resolve().parents[2]

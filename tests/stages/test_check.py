@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from config import profiles, studies
-from config.files import load_params, read_params
+from config.files import load_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -18,7 +18,7 @@ from results.tracking.runs import NullTracker
 from stages import check
 from stages.check import Checks
 from stages.context import StageContext, StageError, Stop
-from tests.params_files import copy_params
+from tests.params_files import copy_params, read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = read_params(ROOT)

@@ -12,7 +12,6 @@ import torch
 from mmcv.ops import DeformConv2dPack
 from torch import nn
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.params import Params
 from data.reading.batch import collate
@@ -32,6 +31,7 @@ from stages.cost import (
 )
 from stages.synthetic import RADAR_RETURNS, random_samples
 from tests.models.factory import COMPENSATION, GRID, IMAGE, camera_config, fusion_config, lidar_config, simulated_config
+from tests.params_files import read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -39,6 +38,7 @@ from stages.distill import (
 from stages.inputs.weights import checksum_of, save_detector, start_as_set
 from stages.teaching.taught import TaughtDataset
 from tests.models.factory import GRID, camera_config, fusion_config, simulated_config
+from tests.params_files import read_params
 from tests.stages.tasks import task_of
 from tests.stages.untrained import make_root
 from training.config import TrainConfig

@@ -20,7 +20,6 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -45,6 +44,7 @@ from stages.context import StageContext, StageError, Stop
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import camera_config, lidar_config
+from tests.params_files import read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("mini_train", "mini_val")

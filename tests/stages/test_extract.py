@@ -25,7 +25,6 @@ import torch
 from base.environment import die_with_parent
 from base.errors import PipelineError
 from base.stopping import Preempted
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -46,7 +45,7 @@ from stages.teaching.identity import CODE, store_identity
 from stages.teaching.sources import OnlineTeacher, Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
 from tests.models.factory import GRID, camera_config, lidar_config
-from tests.params_files import write_params
+from tests.params_files import read_params, write_params
 from tests.stages.untrained import TEACHER, make_root
 from tests.test_stage_dependencies import closure
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -27,6 +26,7 @@ from stages.features import correlation
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
+from tests.params_files import read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, ImageSequence
 
 from base.errors import PipelineError
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -28,6 +27,7 @@ from results.report.results import METRICS, ReportError
 from results.tracking.runs import NullTracker
 from stages import film
 from stages.context import StageContext, StageError, Stop
+from tests.params_files import read_params
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = "v1.0-trainval"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -33,6 +32,7 @@ from stages.distill import Distillation
 from stages.inputs.datasets import plain_dataset
 from stages.inputs.weights import load_detector, save_detector, start_as_set
 from tests.models.factory import COMPENSATION, GRID, camera_config, fusion_config, simulated_config
+from tests.params_files import read_params
 from tests.stages.tasks import task_of
 from tests.stages.untrained import TEACHER, make_root
 from training.seeding import MODEL, seed_everything

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from config.sections import TAP_KINDS
 from data.reading.augment import bev_matrix
 from data.store import Calibration, Encoding, TapSpec
 from models.head.targets import TargetEncoder
 from models.layers.grid import Grid
 from models.layers.warp import warp_bev
 from models.ports import Detections
+from stages.teaching import kinds
 from stages.teaching.serving import box_rows, serve_head, serve_maps
 
 CHANNELS, SIZE, EXTENT, HALO = 6, 24, 12.0, 4.0
@@ -130,3 +132,8 @@ def test_a_head_map_keeps_its_halo_out_and_its_values(dtype: str) -> None:
     expected = torch.from_numpy(maps[0, :, 4:-4, 4:-4].astype(dtype).astype(np.float32))
     torch.testing.assert_close(served[0], expected, rtol=0, atol=1e-6)
     assert not torch.isclose(served[1], expected).any(0).all()
+
+
+def test_every_kind_of_tap_that_can_be_asked_for_is_served() -> None:
+    assert kinds.KINDS.keys() == TAP_KINDS.keys()
+    assert all(TAP_KINDS[name].exact == isinstance(kind, kinds.Exact) for name, kind in kinds.KINDS.items())

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from base.environment import ROOMS
-from config.files import read_params
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -45,7 +44,7 @@ from stages.inputs.weights import (
 )
 from stages.teaching.frozen import grown
 from tests.models.factory import GRID, VOXELS, camera_config, fusion_config, voxel_config
-from tests.params_files import write_params
+from tests.params_files import read_params, write_params
 from tests.stages.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
