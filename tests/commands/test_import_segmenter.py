@@ -1,4 +1,4 @@
-"""Imported segmenters: mmdet as the oracle, pickles only for those who ask for them, and what params.yaml gets."""
+"""Imported segmenters: mmdet as the oracle, pickles only for those who ask for them, and what the parameters get."""
 
 from __future__ import annotations
 

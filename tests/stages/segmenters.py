@@ -34,7 +34,7 @@ OUTS = {
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    """The project's params.yaml with one small segmenter, one store of it, and no variants."""
+    """The project's parameters with one small segmenter, one store of it, and no variants."""
     raw = read_params(ROOT)
     raw["segmenters"] = {"instance": {"image": list(SIZE), "model": small_model(), "train": TRAIN}}
     taps = {"inst2d": {"serve": "cached-exact"}}

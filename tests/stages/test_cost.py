@@ -41,7 +41,7 @@ FUSIONS = {"fusion": {"lidar": "lidar", "camera": "start"}}
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    """params.yaml with small models on a small grid; two variants share one student."""
+    """The parameters with small models on a small grid; two variants share one student."""
     raw = read_params(ROOT)
     raw["grid"] = GRID
     raw["input"]["image"]["size"] = list(IMAGE)

@@ -52,7 +52,7 @@ SPLITS = ("mini_train", "mini_val")
 
 @pytest.fixture(scope="module")
 def params(real_dataroot: Path) -> Params:
-    """params.yaml of the project on the real keyframes; one picture."""
+    """The parameters of the project on the real keyframes; one picture."""
     overlay = {
         "data": {
             "worlds": [],

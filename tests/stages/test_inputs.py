@@ -1,4 +1,4 @@
-"""What params.yaml and the datasets must agree on with the models."""
+"""What the parameters and the datasets must agree on with the models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARAMS = load_params(Path(__file__).resolve().parents[2])
 
 
 def models() -> dict[str, nn.Module]:
-    """Every model of params.yaml that starts from nothing."""
+    """Every model of the repository that starts from nothing."""
     configs: dict[str, dict[str, Any]] = {name: teacher.model for name, teacher in PARAMS.teachers.items()}
     configs |= {name: student.model for name, student in PARAMS.students.items()}
     segmenters = {name: make_segmenter(segmenter_config(s)) for name, s in PARAMS.segmenters.items()}

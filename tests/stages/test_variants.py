@@ -1,4 +1,4 @@
-"""Every variant of params.yaml: its student and recipe are built and learn one step from their own losses alone."""
+"""Every variant of the repository: its student and recipe are built and learn one step from their own losses alone."""
 
 from __future__ import annotations
 
