@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from config.composing import composed, gathered
 from config.files import FOLDER, PARAMS, lay, parse_yaml, read_texts
 from config.profiles import lay_over
@@ -51,8 +49,7 @@ def write_params(root: Path, values: Mapping[str, Any]) -> None:
         files.setdefault(file, {})[section] = content
     for file, sections in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        with (root / file).open("w") as stream:
-            YAML(typ="safe").dump(sections, stream)
+        (root / file).write_text(json.dumps(sections, indent=1) + "\n")  # JSON is YAML, and written at once
 
 
 def lay_text(root: Path, overlay: str) -> None:

@@ -46,9 +46,9 @@ def params_json() -> str:
     return json.dumps(whole)
 
 
-def params_text(**changes: Any) -> str:
-    """The repository's parameters in one file, plain, with values set by dotted key (`__` for the dots), or REMOVED."""
-    raw = json.loads(params_json())
+def params_values(**changes: Any) -> dict[str, Any]:
+    """The repository's parameters with values set by dotted key (`__` for the dots), or REMOVED."""
+    raw: dict[str, Any] = json.loads(params_json())
     raw |= {
         "profile": "demo",
         "seed": 0,
@@ -75,8 +75,13 @@ def params_text(**changes: Any) -> str:
             del section[last]
         else:
             section[last] = value
+    return raw
+
+
+def params_text(**changes: Any) -> str:
+    """The same as the text of one file, a line for each value; writing it takes a good part of a second."""
     stream = io.StringIO()
-    YAML(typ="safe").dump(raw, stream)
+    YAML(typ="safe").dump(params_values(**changes), stream)
     return stream.getvalue()
 
 

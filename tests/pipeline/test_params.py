@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 
 from config.files import load_params, read_texts
 from config.nested import flatten, merge
 from config.params import Params, ParamsError, split_key
 from config.profiles import ProfileError, lay_over
 from tests.params_files import write_params
-from tests.pipeline.project import REMOVED, ROOT, params_text
+from tests.pipeline.project import REMOVED, ROOT, params_text, params_values
+
+
+def plain(**changes: Any) -> str:
+    """The parameters in one file: as JSON, which is YAML too and written at once, unless a name is no text."""
+    values = params_values(**changes)
+    return json.dumps(values) if all(isinstance(name, str) for name in values["variants"]) else params_text(**changes)
 
 
 def broken(tmp_path: Path, **changes: Any) -> str:
     """The message for params.yaml with changes."""
-    (tmp_path / "params.yaml").write_text(params_text(**changes))
+    (tmp_path / "params.yaml").write_text(plain(**changes))
     with pytest.raises(ParamsError) as error:
         load_params(tmp_path)
     return str(error.value)
@@ -196,14 +202,12 @@ def test_more_sweeps_than_the_city_has(tmp_path: Path) -> None:
     assert "input.sweeps: 99" in message
     assert "city.sweeps" in message
     # A real dataroot has more sweeps than the city.
-    (tmp_path / "params.yaml").write_text(
-        params_text(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes")
-    )
+    (tmp_path / "params.yaml").write_text(plain(input__sweeps=99, data__worlds=[], data__dataroot="/data/nuscenes"))
     assert load_params(tmp_path).input.sweeps == 99
 
 
 def test_unknown_profile_only_where_there_are_profiles(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(params_text(profile="domo"))
+    (tmp_path / "params.yaml").write_text(plain(profile="domo"))
     assert load_params(tmp_path).profile == "domo"
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "demo.yaml").write_text("{}")
@@ -221,9 +225,7 @@ def test_missing_file_and_wrong_shape(tmp_path: Path) -> None:
 
 def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
     terms = {"cls": BOXES | {"teacher": "online.boxes"}}
-    (tmp_path / "params.yaml").write_text(
-        params_text(stores__online=ONLINE, study__stores=[], variants__xod__terms=terms)
-    )
+    (tmp_path / "params.yaml").write_text(plain(stores__online=ONLINE, study__stores=[], variants__xod__terms=terms))
     params = load_params(tmp_path)
     assert params.stores["online"].cached == {}
     assert list(params.stores["lidar"].cached) == ["bev_lift", "boxes"]
@@ -232,7 +234,7 @@ def test_online_taps_need_a_teacher_and_no_store(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def values() -> dict[str, Any]:
     """The repository's parameters with one teacher of each part and no fusion teacher in its study, parsed once."""
-    return YAML(typ="safe", pure=True).load(params_text())
+    return params_values()
 
 
 CAMERA = {"camera": "start"}
@@ -358,7 +360,7 @@ def test_a_student_starts_from_teachers_or_a_folder_or_nothing(
 
 
 def test_variant_overrides_its_student(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(params_text(variants__baseline__train={"lr": 1e-5}))
+    (tmp_path / "params.yaml").write_text(plain(variants__baseline__train={"lr": 1e-5}))
     params = load_params(tmp_path)
     assert params.student("baseline").train.lr == 1e-5
     assert params.student("xod").train == params.students["camera"].train
@@ -367,7 +369,7 @@ def test_variant_overrides_its_student(tmp_path: Path) -> None:
 
 def written(root: Path, **arms: str) -> None:
     """The parameters of a tiny project in their files, and files of arms beside them."""
-    write_params(root, YAML(typ="safe", pure=True).load(params_text()))
+    write_params(root, params_values())
     for name, text in arms.items():
         (root / f"params/arms/{name}.yaml").write_text(text)
 

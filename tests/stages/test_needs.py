@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from config.params import Params
 from data.hashing import MissingFileError
 from stages.needs import needs
-from tests.pipeline.project import params_text
+from tests.pipeline.project import params_values
 
 FILES = (
     "outputs/teachers/lidar/model.safetensors",
@@ -32,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 def params(**changes: Any) -> Params:
     """The repository's, with values set by dotted key (`__` for the dots)."""
-    return Params.model_validate(YAML(typ="safe").load(params_text(**changes)))
+    return Params.model_validate(params_values(**changes))
 
 
 def test_what_a_variant_reads_is_in_it(root: Path) -> None:
