@@ -64,7 +64,7 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
         ),
         (
             {"variants__xod__terms": {"cls": BOXES | {"teacher": "radar.boxes"}}},
-            ["unknown store", "allowed: former, fusion"],
+            ["unknown store", "allowed: lidar, fusion"],
         ),
         (
             {"variants__xod__terms": {"cls": BOXES | {"wieght": 2.0}}},
