@@ -21,17 +21,29 @@ from tests.pipeline.project import ROOT, Project, free_port, wait_until
 
 
 @pytest.fixture(scope="session")
-def prefect_database(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """An empty database of a Prefect server, made once per test session: a server takes eleven seconds for it."""
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Make a folder of a name by a command, once per test session: by whichever of the test processes comes first."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "prefect"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            environment = os.environ | {"PREFECT_HOME": str(folder)}
-            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return folder / "prefect.db"
+
+    def make(name: str, *command: str, **environment: str) -> Path:
+        folder = (base if worker_id == "master" else base.parent) / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                (folder / "dvc.yaml").write_text("stages: {}\n")
+                own = {key: value.format(folder=folder) for key, value in environment.items()}
+                call = [sys.executable, "-m", *command]
+                subprocess.run(call, cwd=folder, env=os.environ | own, check=True, stdout=subprocess.DEVNULL)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prefect_database(made_once: Callable[..., Path]) -> Path:
+    """An empty database of a Prefect server, which takes eleven seconds for it."""
+    command = ("prefect", "server", "database", "upgrade", "--yes")
+    return made_once("prefect", *command, PREFECT_HOME="{folder}") / "prefect.db"
 
 
 @pytest.fixture(scope="session")
@@ -87,20 +99,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A migrated, empty database, made once per test session (it takes several seconds)."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "mlflow"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            environment = os.environ | {
-                "PYTHONPATH": str(ROOT),
-                "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
-            }
-            (folder / "dvc.yaml").write_text("stages: {}\n")
-            subprocess.run([sys.executable, "-m", "pipeline", "track", "init"], cwd=folder, env=environment, check=True)
-    return folder / "mlflow.db"
+def migrated(made_once: Callable[..., Path]) -> Path:
+    """A migrated, empty database of MLflow, which takes several seconds."""
+    uri = "sqlite:///{folder}/mlflow.db"
+    return made_once("mlflow", "pipeline", "track", "init", PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=uri) / "mlflow.db"
 
 
 @pytest.fixture
