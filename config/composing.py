@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from config.nested import overlaid
 from config.wording import suggest
 
 ARMS: Final = "params/arms/"
@@ -41,7 +42,7 @@ def gathered(contents: Mapping[str, Mapping[str, Any]]) -> tuple[Whole, list[str
     """
     whole: Whole = {}
     wrong: list[str] = []
-    homes: dict[str, str] = {}  # section, or section.name where it is spread -> file
+    homes: dict[str, str] = {}  # section.name of those that are spread -> file
     several = len(contents) > 1
     for file, content in contents.items():
         for section, value in content.items():
@@ -82,18 +83,6 @@ def attributed(lines: Iterable[str], whole: Whole) -> list[str]:
                 line = match[2]
         found.append(line)
     return list(dict.fromkeys(found))
-
-
-def overlaid(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `changes` over it: dicts merge, unless they are of another `kind` or `type`."""
-    found = dict(base)
-    for key, value in changes.items():
-        old = found.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            alike = all(value.get(name, old.get(name)) == old.get(name) for name in ("kind", "type"))
-            value = overlaid(old, value) if alike else value
-        found[key] = value
-    return found
 
 
 def _with_likes(whole: Whole) -> list[str]:

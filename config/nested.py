@@ -15,6 +15,18 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def overlaid(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `changes` over it: dicts merge, unless they are of another `kind` or `type`."""
+    found = dict(base)
+    for key, value in changes.items():
+        old = found.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            alike = all(value.get(name, old.get(name)) == old.get(name) for name in ("kind", "type"))
+            value = overlaid(old, value) if alike else value
+        found[key] = value
+    return found
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys; lists stay values."""
     flat: dict[str, Any] = {}
