@@ -50,7 +50,7 @@ def read_texts(root: Path) -> dict[str, str]:
     for _ in range(TRIES):
         put_in_place(root)
         before = _stamps(root)
-        texts = {name: _text(root / name) for name in before}
+        texts = {name: read_text(root / name) for name in before}
         if _stamps(root) == before and not (root / LAID).exists():
             break
     for text in texts.values():
@@ -98,16 +98,26 @@ def located(lines: Iterable[str], texts: Mapping[str, str]) -> list[str]:
 
 
 def put_in_place(root: Path) -> None:
-    """Finish what a killed `lay` has begun: its files take their places, but where a person has edited one since."""
+    """Finish what a killed `lay` has begun: its files take their places, but where a person has edited one since.
+
+    Raises:
+        ParamsError: they cannot.
+    """
     if not (root / LAID).exists():
         return
-    with _alone(root):
-        if (root / LAID).exists():
-            moved, edited = _move(root)
-            names = ", ".join(moved) or "nothing"
-            logger.warning("a command that laid a profile or study was killed; put in place: %s", names)
-            if edited:
-                logger.warning("edited since, and left as they are: %s: lay it again", ", ".join(edited))
+    try:
+        with _alone(root):
+            moved, edited = _move(root) if (root / LAID).exists() else ([], [])
+    except OSError as error:
+        raise ParamsError(
+            f"a command that laid a profile or study was killed; what it left in {root / LAID} cannot take its places: "
+            f"{error.filename or root}: {error.strerror}"
+        ) from error
+    if moved or edited:
+        names = ", ".join(moved) or "nothing"
+        logger.warning("a command that laid a profile or study was killed; put in place: %s", names)
+    if edited:
+        logger.warning("edited since, and left as they are: %s: lay it again", ", ".join(edited))
 
 
 def lay(texts: Mapping[str, str], root: Path) -> None:
@@ -137,9 +147,25 @@ def lay(texts: Mapping[str, str], root: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ParamsError: it is not there, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML 1.2 file as DVC does (`1e-3` is a number); duplicate keys are errors."""
-    return parse_yaml(_text(path), str(path))
+    return parse_yaml(read_text(path), str(path))
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
@@ -174,17 +200,6 @@ def _stamps(root: Path) -> dict[str, tuple[int, int]]:
             raise ParamsError(f"{root / name} cannot be read: {error.strerror}") from None
         stamps[name] = (status.st_ino, status.st_mtime_ns)
     return stamps
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        raise ParamsError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _digest(path: Path) -> str:

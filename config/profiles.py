@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from base.errors import PipelineError
 from config.composing import SPREAD
-from config.files import lay, parse, parse_yaml, read_texts
+from config.files import lay, parse, parse_yaml, read_text, read_texts
 from config.nested import flatten, merge
 from config.params import Params, ParamsError
 
@@ -55,7 +55,7 @@ def profile_overlay(name: str, root: Path) -> tuple[str, str]:
     path = root / "profiles" / f"{name}.yaml"
     if not path.is_file():
         raise ProfileError(f"profile {name!r} is unknown; allowed: {', '.join(available(root)) or 'nothing'}")
-    return f"profile: {name}\n{path.read_text()}", f"profiles/{name}.yaml"
+    return f"profile: {name}\n{read_text(path)}", f"profiles/{name}.yaml"
 
 
 def apply_overlays(overlays: Sequence[tuple[str, str]], root: Path, what: str) -> Params:

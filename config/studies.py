@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from base.errors import PipelineError
-from config.files import read_yaml
+from config.files import read_text, read_yaml
 from config.params import Params, ParamsError
 from config.profiles import GROUND, apply_overlays, profile_overlay, section
 
@@ -67,7 +67,7 @@ def apply_study(name: str, root: Path, profile: str | None = None) -> Params:
     study = read_study(name, root)
     profiles = [profile_overlay(part, root) for part in (GROUND, profile or study.profile)]
     file = f"studies/{name}.yaml"
-    text = (root / file).read_text()
+    text = read_text(root / file)
     own = [(textwrap.dedent(section(text, "params")), file)] if study.params else []
     named = (f"study: {{name: {name}}}\n", file)
     return apply_overlays([*profiles, *own, (f"study:{section(text, 'study')}\n", file), named], root, f"study {name}")

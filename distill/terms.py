@@ -77,13 +77,24 @@ class TermConfig(Written):
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> TermConfig:
-        regression = self.distance in ("l1", "l2", "sl1")
+        regression, head, mask = self.distance in ("l1", "l2", "sl1"), self.student == "head", self.mask.kind
         heeded = {
-            "normalise": regression and self.student != "head",
+            "normalise": regression and not head,
             "beta": self.distance == "sl1",
-            "code_weights": regression and self.student == "head",
+            "code_weights": regression and head,
+            "mask.threshold": mask == "teacher_conf",
+            "mask.weighted": regression and head and mask in ("none", "teacher_conf"),
+            "mask.clip": mask in ("gt_gauss", "phi_softmax"),
+            "mask.temperature": mask == "phi_softmax",
+            "adapter.width": self.adapter.kind in ("decoder", "grl_disc", "mask_rcnn"),
         }
-        for option in sorted(self.model_fields_set & heeded.keys()):
-            if not heeded[option]:
-                raise ValueError(f"{option} has no effect on {self.distance} of '{self.student}': leave it out")
+        given = self.model_fields_set | {f"mask.{name}" for name in self.mask.model_fields_set}
+        given |= {f"adapter.{name}" for name in self.adapter.model_fields_set}
+        idle = sorted(name for name, matters in heeded.items() if name in given and not matters)
+        if idle:
+            kinds = f"with mask '{mask}' and adapter '{self.adapter.kind}'"
+            verb = "has" if len(idle) == 1 else "have"
+            raise ValueError(
+                f"{', '.join(idle)} {verb} no effect on {self.distance} of '{self.student}' {kinds}: leave out"
+            )
         return self

@@ -236,9 +236,11 @@ def track_replay() -> None:
 def track_study() -> None:
     """Bring the runs of `study` in MLflow up to date with what is published (docs/tracking.md)."""
     from config.files import load_params
+    from results.report.lineage import results
 
     root = prepare()
-    print(importlib.import_module("stages.report").track(root, load_params(root)))
+    params = load_params(root)
+    print(importlib.import_module("stages.report").track(root, params, results(params, root)))
 
 
 @cache.command("plan")

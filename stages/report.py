@@ -17,6 +17,7 @@ from data.reading.index import Index
 from results.report.about import About, Published, learned_from
 from results.report.build import build
 from results.report.lineage import results, teachers_of
+from results.report.results import Study
 from results.tracking import study_runs as comparison
 from stages.context import StageContext
 
@@ -30,7 +31,8 @@ def run(context: StageContext) -> None:
     params, root = context.params, context.root
     split = getattr(params.data.splits, params.evaluate.split)
     about = About.of(params, graph.graph(root), seen(Index.open(root / INDEX), learned_from(params), split))
-    report = build(Published.of(root), about)
+    study = results(params, root)
+    report = build(study, Published.of(root), about)
     files = {
         "report.html": report.html,
         "table.md": report.markdown,
@@ -44,14 +46,13 @@ def run(context: StageContext) -> None:
         context.publish(made, f"reports/{name}")
     print("\n" + report.plain, flush=True)
     try:
-        logger.info("%s", track(context.root, params))
+        logger.info("%s", track(root, params, study))
     except Exception as error:  # tracking never stops a stage
         logger.warning("the study is not tracked (python -m pipeline track study): %s", error)
 
 
-def track(root: Path, params: Params) -> str:
+def track(root: Path, params: Params, study: Study) -> str:
     """Bring the study's runs in MLflow up to date with what is published; returns what was done, in a line."""
-    study = results(params, root)
     return comparison.track(root, params, study, {name: teachers_of(params, name) for name in params.study.variants})
 
 

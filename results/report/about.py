@@ -11,7 +11,7 @@ from typing import Any, Self
 from config.graph import Node
 from config.params import Params
 from results.report.efficiency import Pair
-from results.report.lineage import starts, teachers_of
+from results.report.lineage import teachers_of
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,12 @@ class About:
     """What the parameters say of a study."""
 
     profile: str
-    teachers: Sequence[str]
     fusions: Mapping[str, Mapping[str, str]]  # fusion teacher -> sensor -> the one of the teachers that it is made of
-    large: Sequence[str]  # large camera teachers
-    starts: Collection[str]  # those of the teachers that others start from and nobody learns from
     segmenters: Sequence[str]
     stores: Sequence[str]
     variants: Mapping[str, Mapping[str, Any]]  # in order, name -> its entry of the parameters; the first is a baseline
-    baselines: Collection[str]  # those of them that the ones behind them are compared with, beside the first
     pairs: Sequence[Pair]  # of a large camera teacher and a student
     featured: Sequence[str]  # variants whose simulated LiDAR features are shown
-    seeds: Sequence[int]
     learned_from: Mapping[str, str]  # teachers and "students" -> the split that they learned from
     seen: Collection[str]  # those of them that learned from scenes on which the study is scored
     search: str | None  # name of the study by which the weights of the terms were chosen
@@ -70,28 +65,18 @@ class About:
         stages, edges = stage_graph(nodes)
         return cls(
             profile=params.profile,
-            teachers=study.teachers,
             fusions={name: study.parts(name) for name in study.fusions},
-            large=[*study.large],
-            starts=starts(params),
             segmenters=study.segmenters,
             stores=study.stores,
             variants={name: params.variants[name].model_dump(mode="json") for name in study.variants},
-            baselines=study.baselines,
             pairs=pairs(params),
             featured=study.featured,
-            seeds=study.seeds,
             learned_from=learned_from(params),
             seen=seen,
             search=study.search,
             stages=stages,
             edges=edges,
         )
-
-    @property
-    def rows(self) -> dict[str, str]:
-        """Variant -> the row of a paper's table that it reproduces, or nothing."""
-        return {name: entry.get("row") or "" for name, entry in self.variants.items()}
 
 
 def pairs(params: Params) -> list[Pair]:

@@ -21,7 +21,7 @@ from results.report.film import read_film
 from results.report.fusions import fusions as fusions_of
 from results.report.pictures import gallery
 from results.report.recipes import profile_note, recipes
-from results.report.results import ERRORS, UNITS, Arm, Study, load_study, read_published
+from results.report.results import ERRORS, UNITS, Arm, Study, read_published
 from results.report.scenes import extremes, scene_gains, scenes_of
 from results.report.search import METRICS, rounded, summary
 from results.report.search import search as read_search
@@ -47,34 +47,24 @@ class Report:
     summary: str
 
 
-def build(published: Published, about: About, scenes: int = 3) -> Report:
+def build(study: Study, published: Published, about: About, scenes: int = 3) -> Report:
     """Compare the runs of a study.
 
     Args:
-        published: where the results are.
-        about: the study.
+        study: the runs, see `lineage.results`.
+        published: where all else is.
+        about: what the parameters say of the study.
         scenes: how many keyframes to show.
 
     Raises:
         ReportError: a file is missing or does not fit the others; the message names it and what to run.
     """
     variants, profile = about.variants, about.profile
-    study = load_study(
-        published.metrics,
-        published.evaluations,
-        about.teachers,
-        about.rows,
-        about.seeds,
-        about.starts,
-        [*about.fusions],
-        about.large,
-        about.baselines,
-    )
     split = study.baseline.first["split"]
     table, lines = comparison(study), notes(study, profile) + learning_notes(split, about.learned_from, about.seen)
     fused, costs = fusions_of(study, about.fusions), read_costs(published.cost, study)
     efficient = efficiency_of(study, about.pairs, costs)
-    simulated = features_of(published.features, about.featured, about.seeds, scenes)
+    simulated = features_of(published.features, about.featured, study.seeds, scenes)
     taps, tested, best = stored_taps(published.cards, about.stores), significance(study), study.best
     html = _template().render(
         study=study,
@@ -89,7 +79,7 @@ def build(published: Published, about: About, scenes: int = 3) -> Report:
         notes=lines,
         units=UNITS,
         profile=profile,
-        profile_note=profile_note(profile, len(about.seeds)),
+        profile_note=profile_note(profile, len(study.seeds)),
         costs=costs,
         fusions=fused,
         efficient=efficient,

@@ -552,12 +552,16 @@ def test_terms_that_make_no_sense_are_named(student: Detector, term: dict[str, A
         ({"weight": -1}, "weight"),
         ({"wieght": 1}, "wieght"),
         ({"start": 2}, "start"),
-        ({"normalise": False}, "normalise has no effect on qfl of 'head': leave it out"),
+        ({"normalise": False}, "normalise has no effect on qfl of 'head' with mask .*: leave out"),
         ({"beta": 0.5}, "beta has no effect on qfl"),
         ({"code_weights": [1.0] * 10}, "code_weights has no effect on qfl"),
         (REG | {"beta": 0.0}, "beta"),
         (REG | {"code_weights": [1.0] * 9}, "code_weights"),
         (XFD | {"code_weights": [1.0] * 10}, "code_weights has no effect on l1 of 'bev_neck'"),
+        ({"mask": {"kind": "none", "threshold": 0.5}}, "mask.threshold has no effect on .* with mask 'none'"),
+        ({"mask": {"kind": "teacher_conf", "weighted": False}}, "mask.weighted has no effect on qfl"),
+        (XFD | {"mask": {"kind": "balanced", "clip": 2.0, "temperature": 0.5}}, "mask.clip, mask.temperature have no"),
+        (XFD | {"adapter": {"kind": "conv1x1", "width": 8}}, "adapter.width has no effect .* adapter 'conv1x1'"),
     ],
 )
 def test_wrong_term_configs_are_named(change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from base.errors import PipelineError
 from config.files import LAID, load_params, read_texts
+from config.params import ParamsError
 from config.profiles import ProfileError, apply_profile, available, lay_over
+from config.studies import apply_study
 from tests.params_files import contents
 from tests.pipeline.project import ROOT
 
@@ -178,6 +182,27 @@ def test_what_a_person_edited_since_is_left(folder: Path, caplog: pytest.LogCapt
     assert (folder / "params.yaml").read_text() == text
     assert "edited since, and left as they are: params.yaml: lay it again" in caplog.text
     assert apply_profile("demo", folder).profile == "demo"
+
+
+def test_what_cannot_be_put_in_place_is_named_and_waits(folder: Path) -> None:
+    killed(folder, 0)
+    shutil.rmtree(folder / ".scratch")
+    (folder / ".scratch").touch()  # where the lock would be
+    with pytest.raises(ParamsError, match=r"was killed; what it left in .*params-laid cannot .*scratch: File exists"):
+        load_params(folder)
+    (folder / ".scratch").unlink()
+    assert load_params(folder).profile == "nuscenes-simdistill"
+
+
+@pytest.mark.parametrize("file", ["profiles/smoke.yaml", "studies/x3kd.yaml"])
+def test_text_of_another_encoding_is_named(folder: Path, file: str) -> None:
+    shutil.copytree(ROOT / "studies", folder / "studies")
+    with (folder / file).open("ab") as opened:
+        opened.write("# über\n".encode("latin-1"))
+    before = contents(folder)
+    with pytest.raises(PipelineError, match=rf"{file} is not UTF-8 text: .* at byte \d+"):
+        apply_study("x3kd", folder) if file.startswith("studies") else apply_profile("smoke", folder)
+    assert contents(folder) == before
 
 
 def test_mode_links_and_ends_of_lines_stay(folder: Path) -> None:

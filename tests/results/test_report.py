@@ -225,17 +225,26 @@ def add_features(root: Path, seeds: list[int], before: float | None = 0.2) -> No
         (folder / "features.json").write_text(json.dumps(content))
 
 
+PLACES = ("metrics", "evaluations", "stores", "features", "cost.json", "film", "")  # of what a study publishes
+
+
 def make_report(root: Path, seeds: list[int], **changes: Any) -> Report:
+    """Of the runs below a folder; `changes` are of the study (starts, large, baselines) and of what is said of it."""
     given: dict[str, Any] = {
-        "profile": "demo", "teachers": ["lidar"], "fusions": {}, "large": [], "starts": [],
-        "featured": [], "baselines": [], "segmenters": ["instance"], "stores": ["lidar"],
-        "variants": VARIANTS, "pairs": [], "seeds": seeds,
+        "profile": "demo", "fusions": {}, "featured": [], "segmenters": ["instance"], "stores": ["lidar"],
+        "variants": VARIANTS, "pairs": [],
         "learned_from": {"lidar": "train", "students": "train"}, "seen": [],
         "search": None,
         "stages": STAGES, "edges": EDGES,
     }  # fmt: skip
-    places = (root / name for name in ("metrics", "evaluations", "stores", "features", "cost.json", "film", ""))
-    return build(Published(*places), About(**{**given, **changes}))
+    starts, large, baselines = (changes.pop(name, []) for name in ("starts", "large", "baselines"))
+    about = About(**{**given, **changes})
+    published = Published(*(root / name for name in PLACES))
+    rows = {name: entry.get("row") or "" for name, entry in about.variants.items()}
+    study = load_study(
+        published.metrics, published.evaluations, ["lidar"], rows, seeds, starts, [*about.fusions], large, baselines
+    )
+    return build(study, published, about)
 
 
 def section(report: Report, name: str) -> str:
