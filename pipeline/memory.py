@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from config.graph import Node
 from config.params import Params, split_key
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -36,33 +37,41 @@ class Estimate:
 
 def describe(params: Params, nodes: Iterable[Node]) -> str:
     """The estimates of stages that are to run in lines; nothing where no model of them has been measured."""
+    nodes = list(nodes)
     found = list(dict.fromkeys(estimates(params, nodes)))
     if not found:
         return ""
+    others = dict.fromkeys(model for model, *_ in trainings(params, nodes) if model not in params.memory)
     device = gpu_gigabytes()
     here = "no GPU here" if device is None else f"a GPU here has {device:.0f} GB"
     head = f"memory of each GPU, estimated from one sample on a CPU (docs/paper-scale.md); {here}:"
-    return "\n".join([head, *(estimate.words(device) for estimate in found)])
+    lines = [head, *(estimate.words(device) for estimate in found)]
+    if others:
+        lines.append(f"  not measured: {', '.join(others)}")
+    return "\n".join(lines)
 
 
-def estimates(params: Params, nodes: Iterable[Node]) -> Iterable[Estimate]:
-    """Of each stage that trains a detector that has been measured."""
+def trainings(params: Params, nodes: Iterable[Node]) -> Iterator[tuple[str, TrainConfig, str, Node]]:
+    """Model, how it is trained, and entry of `resources` of each stage that trains a detector, with the stage."""
     for node in nodes:
         name, _, key = node.name.partition("@")
         if name in ("teacher", "fusion", "large"):
-            model, train = key, params.teachers[key].train
+            yield key, params.teachers[key].train, "teacher", node
         elif name == "distill":
             variant, _ = split_key(key)
-            model, train = params.variants[variant].student, params.student(variant).train
-        else:
-            continue
+            yield params.variants[variant].student, params.student(variant).train, "distill", node
+
+
+def estimates(params: Params, nodes: Iterable[Node]) -> Iterator[Estimate]:
+    """Of each stage that trains a detector that has been measured."""
+    for model, train, stage, node in trainings(params, nodes):
         if model not in params.memory:
             continue
         gpus = max(int(node.meta.get("gpus") or 0), 1) * int(node.meta.get("nodes") or 1)
         samples = math.ceil(train.batch_size / gpus / train.accumulate)
         measured = params.memory[model]
         total = measured.model + samples * measured.sample
-        yield Estimate(model, total, samples, train.batch_size, gpus, "distill" if name == "distill" else "teacher")
+        yield Estimate(model, total, samples, train.batch_size, gpus, stage)
 
 
 def gpu_gigabytes() -> float | None:

@@ -31,6 +31,12 @@ def test_micro_batches_take_less(folder: Path) -> None:
     assert found.samples == 4  # of 64 on eight GPUs, in two micro-batches
 
 
+def test_what_was_not_measured_is_said_beside_what_was(folder: Path) -> None:
+    params = apply_profile("nuscenes-x3kd-r50", folder)
+    nodes = [node("prepare", 0), node("teacher@lidar", 8), node("distill@x3kd-0", 8), node("distill@x3kd-1", 8)]
+    assert memory.describe(params, nodes).splitlines()[2:] == ["  not measured: lidar"]
+
+
 def test_what_is_too_large_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = apply_profile("nuscenes-x3kd-r50", folder)
     nodes = [node(f"distill@x3kd-{seed}", 1) for seed in range(2)]
