@@ -18,8 +18,7 @@ from distill.features import check_tasks, valid_cells
 from distill.masks import PILLARS, MaskInput, mean_over
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
-from models.head.center_head import REGRESSION
-from models.head.targets import CODE_SIZE, EncodedBoxes, TargetEncoder, flatten_boxes
+from models.head.targets import CODE_SIZE, REGRESSION, EncodedBoxes, TargetEncoder, flatten_boxes
 from models.layers.processes import divisor
 from models.ports import Batch, Prediction
 

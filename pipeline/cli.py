@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from base import redaction
-from base.environment import prepare
+from base.environment import cores, prepare
 from base.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -300,6 +300,8 @@ def _mlflow(command: str, port: int) -> list[str]:
     if store.startswith("http"):
         raise PipelineError(f"MLFLOW_TRACKING_URI is {redaction.public(store)}: its pages are there")
     os.environ |= {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifact_root(store, Path.cwd())}
+    # Four are MLflow's default; each takes six seconds of CPU to start, and more than there are cores only wait.
+    os.environ.setdefault("MLFLOW_WORKERS", str(min(4, cores())))
     return [sys.executable, "-m", "mlflow", command, "--host", "127.0.0.1", "--port", str(port)]
 
 

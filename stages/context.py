@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from base.environment import sync_file_system
 from base.errors import PipelineError
@@ -23,6 +23,7 @@ from training.run import Run
 if TYPE_CHECKING:
     import torch
 
+INDEX: Final = "outputs/index"  # what `prepare` publishes, and most stages read
 
 Entry = TypeVar("Entry")
 

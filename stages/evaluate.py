@@ -28,11 +28,10 @@ from data.scoring.metrics import (
 from data.scoring.submission import MODEL, SUBMISSION, SampleDetections, read_detections
 from results.tracking.runs import scores
 from stages import predictions
-from stages.context import StageContext, StageError
+from stages.context import INDEX, StageContext, StageError
 
 logger = logging.getLogger(__name__)
 
-INDEX: Final = "outputs/index"
 # Columns of `dvc metrics show`: what fits a screen. The rest of an evaluation stands beside the predictions.
 HEADLINES: Final = ("mAP", "NDS", *MEAN_ERRORS, "mAP_present", "samples", "boxes", "parameters")
 

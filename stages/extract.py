@@ -39,13 +39,12 @@ from data.store import (
 from stages.calibration import calibrate, errors, tap_specs
 from stages.card import make_card, measure_gaps, metrics, table
 from stages.context import StageContext, StageError
+from stages.teaching.builds import BUILD, KEPT
 from stages.teaching.frozen import Outputs, evenly, freeze
 from stages.teaching.identity import store_identity
 
 logger = logging.getLogger(__name__)
 
-BUILD: Final = "store"  # in the scratch folder: the store that is being built
-KEPT: Final = "kept"  # beside it: hard links to what was published
 UNSEEN: Final = 8  # samples that the calibration has not seen, on which its errors are measured
 
 

@@ -25,11 +25,10 @@ from data.scoring.submission import SUBMISSION, SampleDetections, read_detection
 from results.report.lineage import results, teachers_of
 from results.report.results import Arm, Study
 from results.report.scenes import extremes, fullest, scene_gains
-from stages.context import StageContext, StageError
+from stages.context import INDEX, StageContext, StageError
 
 logger = logging.getLogger(__name__)
 
-INDEX: Final = "outputs/index"
 FILM: Final = "film.webp"
 MILLISECONDS: Final = 500  # keyframes are half a second apart
 LIMIT: Final = 1_000_000  # bytes; the page holds a third more

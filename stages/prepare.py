@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from data.preparing.build import Summary, build_index
-from stages.context import StageContext
+from stages.context import INDEX, StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def run(context: StageContext) -> None:
         radar=context.params.input.radar,
     )
     _report(summary)
-    context.publish(made, "outputs/index")
+    context.publish(made, INDEX)
 
 
 def _report(summary: Summary) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from config import graph
 from config.params import Params
@@ -19,11 +18,9 @@ from results.report.build import build
 from results.report.lineage import results, teachers_of
 from results.report.results import Study
 from results.tracking import study_runs as comparison
-from stages.context import StageContext
+from stages.context import INDEX, StageContext
 
 logger = logging.getLogger(__name__)
-
-INDEX: Final = "outputs/index"
 
 
 def run(context: StageContext) -> None:

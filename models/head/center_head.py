@@ -15,14 +15,12 @@ from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from models.head.targets import TargetEncoder, Targets
+from models.head.targets import REGRESSION, TargetEncoder, Targets
 from models.layers.grid import Grid
 from models.layers.processes import across_processes, divisor
 from models.layers.registry import MODELS
 from models.ports import Detections
 
-# Channels of a task's regression maps, in the order of the code.
-REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
 MAX_LOG_SIZE = 5.0  # log of the largest box side that decoding returns (148 m): an untrained head must not overflow
 
 

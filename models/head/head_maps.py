@@ -7,8 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from models.head.center_head import REGRESSION
-from models.head.targets import CODE_SIZE, TargetEncoder
+from models.head.targets import CODE_SIZE, REGRESSION, TargetEncoder
 from models.layers.warp import source_cells
 
 

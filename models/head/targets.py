@@ -16,8 +16,10 @@ from torch import Tensor
 
 from models.layers.grid import Grid
 
-# Regression code: offset in the cell (2), height of the centre, log size (3), sin and cos of yaw, velocity (2).
-CODE_SIZE = 10
+# Channels of a task's regression maps, in the order of the code: offset in the cell, height of the centre, log size,
+# sine and cosine of yaw, velocity.
+REGRESSION = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
+CODE_SIZE = sum(REGRESSION.values())
 
 
 class Targets(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from config.nested import merge
 from config.params import Params
@@ -13,9 +13,7 @@ from data.reading.dataset import NuScenesDataset
 from data.reading.index import Index
 from models.detectors.camera import CameraDetector
 from models.detectors.detector import Detector
-from stages.context import StageError
-
-INDEX: Final = "outputs/index"
+from stages.context import INDEX, StageError
 
 
 def training_dataset(

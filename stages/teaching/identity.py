@@ -12,7 +12,7 @@ from config.params import Params
 from config.sections import StoreParams, tap_kind
 from data.hashing import MissingFileError, hash_files
 from data.store import StoreError, StoreIdentity
-from stages.inputs.datasets import INDEX
+from stages.context import INDEX
 from stages.teaching.kinds import kind_of
 
 # The code that the contents of a store depend on: what dvc.yaml lists for `extract`, but for what says what it cost.

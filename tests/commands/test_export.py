@@ -33,6 +33,7 @@ from tests.models.factory import (
     bevformer_config,
     camera_config,
     fusion_config,
+    head_config,
     lidar_config,
     radar_config,
     random_batch,
@@ -246,13 +247,17 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(root: Path, mon
 
 
 PILLARS = {"max_points": 8, "max_voxels": export.RADAR_RETURNS}
+# The head of six tasks is most of a tiny student's graph, and the student above has it.
+TASKS = {"head": head_config(tasks=[CLASS_NAMES[:5], CLASS_NAMES[5:]])}
 KINDS = {
-    "two frames and RADAR": camera_config(frames=2, radar=RADAR_MAP | {"voxel": {"size": [0.8, 0.8], **PILLARS}}),
-    "simulated fusion": simulated_config(
-        image_compensation=COMPENSATION["image_compensation"], bev_compensation={"kind": "deform_conv"}
+    "two frames and RADAR": camera_config(
+        frames=2, radar=RADAR_MAP | {"voxel": {"size": [0.8, 0.8], **PILLARS}}, **TASKS
     ),
-    "transformer": bevformer_config(layers=1),
-    "RADAR": radar_config(voxel={"size": [0.4, 0.4], **PILLARS}),
+    "simulated fusion": simulated_config(
+        image_compensation=COMPENSATION["image_compensation"], bev_compensation={"kind": "deform_conv"}, **TASKS
+    ),
+    "transformer": bevformer_config(layers=1, **TASKS),
+    "RADAR": radar_config(voxel={"size": [0.4, 0.4], **PILLARS}, **TASKS),
 }
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from distill.recipe import Recipe
 from distill.terms import TermConfig
-from models.head.center_head import REGRESSION
-from models.head.targets import TargetEncoder, draw_gaussians
+from models.head.targets import REGRESSION, TargetEncoder, draw_gaussians
 from models.layers.grid import Grid
 from models.ports import Prediction, head_map
 from tests.models.factory import random_boxes

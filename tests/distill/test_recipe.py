@@ -21,7 +21,7 @@ from distill.relations import RELATIONS
 from distill.terms import AdapterConfig, MaskConfig, TermConfig
 from models.detectors.build import build_detector
 from models.detectors.detector import Detector
-from models.head.center_head import REGRESSION
+from models.head.targets import REGRESSION
 from models.ports import Prediction, head_map
 from tests.models.factory import CAMERAS, IMAGE, camera_config, lidar_config, random_batch, random_boxes
 

@@ -15,8 +15,7 @@ from distill.masks import PILLARS, MaskInput
 from distill.recipe import Recipe
 from distill.terms import MaskConfig, TermConfig
 from models.detectors.build import build_detector
-from models.head.center_head import REGRESSION
-from models.head.targets import TargetEncoder
+from models.head.targets import REGRESSION, TargetEncoder
 from models.layers.grid import Grid
 from models.ports import Prediction, head_map
 from tests.models.factory import camera_config, random_batch, second

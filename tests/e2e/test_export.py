@@ -14,7 +14,7 @@ import torch
 from config.files import load_params
 from data.preparing.build import build_index
 from models.detectors.build import build_detector
-from stages.inputs.datasets import INDEX
+from stages.context import INDEX
 from stages.inputs.weights import save_detector
 from tests.e2e.conftest import Project
 from tests.params_files import lay_text

@@ -35,8 +35,9 @@ from models.detectors.build import build_detector
 from models.detectors.detector import Detector
 from models.detectors.segmenter import build_segmenter
 from models.inherit import inherited
+from stages.context import INDEX
 from stages.distill import Distillation, make_recipe
-from stages.inputs.datasets import INDEX, training_dataset
+from stages.inputs.datasets import training_dataset
 from stages.teacher import Supervised
 from stages.teaching.sources import OnlineTeacher
 from tests.conftest import ROOT

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data.reading.augment import bev_matrix
 from data.reading.boxes import transform_boxes
-from models.head.center_head import REGRESSION, GridCenterHead
+from models.head.center_head import GridCenterHead
 from models.head.head_maps import task_scores, warp_head
-from models.head.targets import TargetEncoder
+from models.head.targets import REGRESSION, TargetEncoder
 from models.layers.grid import Grid
 from models.layers.warp import warp_bev
 from tests.models.factory import TASKS

@@ -13,8 +13,8 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from models.head.center_head import REGRESSION, GridCenterHead
-from models.head.targets import Targets
+from models.head.center_head import GridCenterHead
+from models.head.targets import REGRESSION, Targets
 
 TASKS = [
     ["car"],

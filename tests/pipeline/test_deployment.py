@@ -13,9 +13,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import StateType
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from prefect.utilities.templating import apply_values
 from ruamel.yaml import YAML
@@ -23,6 +25,7 @@ from ruamel.yaml import YAML
 from base.environment import ROOMS
 from pipeline import deployment
 from pipeline.slots import LIMIT
+from results.tracking.runs import MlflowTracker
 from tests.params_files import copy_params
 from tests.pipeline.project import ROOT, Project, free_port, wait_until
 from tests.pipeline.test_flow import Trace, diamond
@@ -42,14 +45,19 @@ def run(context):
 """
 
 
+def unlucky(project: Project) -> Project:
+    """The diamond, whose stages say a secret where they fail."""
+    diamond(project).edit("work.py", "has no luck", "has no luck with {os.environ.get('FAR_TOKEN')}")
+    return project
+
+
 class Served:
     """A workspace with its deployments, the server that `up` started, and a worker."""
 
     def __init__(self, folder: Path, api: str, mlflow: str) -> None:
         self.mlflow = mlflow
-        self.project = diamond(Project(folder, PREFECT_API_URL=api, PREFECT_HOME=str(folder / ".prefect")))
+        self.project = unlucky(Project(folder, PREFECT_API_URL=api, PREFECT_HOME=str(folder / ".prefect")))
         self.project.edit("dvc.yaml", "python work.py beside", "exec python -m pipeline stage beside")
-        self.project.edit("work.py", "has no luck", "has no luck with {os.environ.get('FAR_TOKEN')}")
         self.project.write("stages/beside.py", BESIDE)
         copy_params(self.project.root)
         shutil.copy(ROOT / "prefect.yaml", self.project.root)
@@ -95,7 +103,14 @@ def served(tmp_path_factory: pytest.TempPathFactory, migrated: Path, prefect_dat
     shutil.copy(prefect_database, project.root / ".prefect")
     store = f"sqlite:///{shutil.copy(migrated, folder / 'mlflow.db')}"
     up = project.start(
-        "pipeline", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow), MLFLOW_TRACKING_URI=store
+        "pipeline",
+        "up",
+        "--prefect-port",
+        str(prefect),
+        "--mlflow-port",
+        str(mlflow),
+        MLFLOW_TRACKING_URI=store,
+        MLFLOW_WORKERS="1",
     )
     try:
         assert up.stdout is not None
@@ -199,24 +214,42 @@ def test_a_run_from_the_api_runs_in_the_workspace(workspace: Served) -> None:
     assert project.repro("left", "beside") == []  # what the flow did, DVC knows
 
 
-def test_a_run_can_work_in_another_workspace(served: Served, make_project: Callable[..., Project]) -> None:
-    other = diamond(make_project())
-    run = served.start(targets=["top"], variables={"working_dir": str(other.root)})
-    assert wait_until(lambda: served.state(run), SECONDS) == StateType.COMPLETED, served.log(run)
+def test_a_failed_run_of_another_workspace_says_what_failed(
+    served: Served, make_project: Callable[..., Project]
+) -> None:
+    other = unlucky(make_project())
+    other.write("fail-right", "")
+    run = served.start(targets=["right"], variables={"working_dir": str(other.root)})
+    assert wait_until(lambda: served.state(run), SECONDS) == StateType.FAILED, served.log(run)
+    assert served.message(run) == "failed: right"
     assert Trace(other).names("end") == ["top"]
+    wait_until(lambda: "rerun:  dvc repro --single-item right" in served.log(run))
+    assert "[right] right has no luck with ***" in served.log(run)
+    assert SECRET not in served.log(run) + json.dumps(served.artifacts(run))
 
 
-def test_a_failed_run_says_what_failed(workspace: Served) -> None:
-    workspace.project.write("fail-top", "")
-    run = workspace.start(targets=["left"])
-    assert wait_until(lambda: workspace.state(run), SECONDS) == StateType.FAILED
-    assert workspace.message(run) == "failed: top"
-    wait_until(lambda: "rerun:  dvc repro --single-item top" in workspace.log(run))
-    assert "[top] top has no luck with ***" in workspace.log(run)
-    assert SECRET not in workspace.log(run) + json.dumps(workspace.artifacts(run))
-    wrong = workspace.start(profile="no-such")
-    assert wait_until(lambda: workspace.state(wrong), SECONDS) == StateType.FAILED
-    assert "profile 'no-such' is unknown; allowed: bench-cpu" in workspace.message(wrong)
+def test_a_run_with_a_wrong_parameter_fails_and_says_why(workspace: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and not by the worker, whose every run takes ten seconds to start."""
+    monkeypatch.chdir(workspace.project.root)
+    with temporary_settings({PREFECT_API_URL: workspace.project.env["PREFECT_API_URL"]}):
+        state = deployment.pipeline(profile="no-such", return_state=True)
+    assert state.type == StateType.FAILED
+    run = state.state_details.flow_run_id
+    assert run is not None
+    assert "profile 'no-such' is unknown; allowed: bench-cpu" in workspace.message(run)
+
+
+def test_a_tracker_talks_to_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's, which `up` serves beside Prefect's and ends with it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", served.mlflow)
+    tracker = MlflowTracker("remote", served.project.root, {})
+    tracker.log_metrics({"m": 1.0}, 7)
+    tracker.log_artifact(served.project.root / "params.yaml")
+    tracker.close()
+    client = MlflowClient(served.mlflow)
+    (run,) = client.search_runs(["1"], "tags.mlflow.runName = 'remote'")
+    assert (run.info.run_name, run.info.status, run.data.metrics) == ("remote", "FINISHED", {"m": 1.0})
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["params.yaml"]
 
 
 def test_cancelling_a_run_leaves_no_process(workspace: Served) -> None:

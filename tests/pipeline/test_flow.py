@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -19,8 +16,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from pipeline.processes import Children
 from pipeline.slots import LIMIT
-from results.tracking.runs import MlflowTracker
-from tests.pipeline.project import Project, free_port, wait_until
+from tests.pipeline.project import Project, wait_until
 
 # A diamond, and a chain beside it. Each stage notes when it began and ended.
 DIAMOND = """
@@ -350,35 +346,3 @@ def test_groups_that_ignore_sigterm_are_killed() -> None:
     assert time.monotonic() - began < 10
     with pytest.raises(InterruptedError):
         children.start(["true"])
-
-
-def test_servers_work_and_end_together(
-    make_project: Callable[..., Project], database: str, prefect_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = make_project(MLFLOW_TRACKING_URI=database)
-    (project.root / ".prefect").mkdir()
-    shutil.copy(prefect_database, project.root / ".prefect")
-    prefect, mlflow = free_port(), free_port()
-    up = project.start("pipeline", "up", "--prefect-port", str(prefect), "--mlflow-port", str(mlflow))
-
-    def answers(url: str) -> bool:
-        try:
-            return urllib.request.urlopen(url, timeout=5).status == 200
-        except OSError:
-            return False
-
-    wait_until(
-        lambda: answers(f"http://127.0.0.1:{prefect}/api/health") and answers(f"http://127.0.0.1:{mlflow}/health"), 120
-    )
-    url = f"http://127.0.0.1:{mlflow}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)  # a tracker that talks to the server
-    tracker = MlflowTracker("remote", project.root, {})
-    tracker.log_metrics({"m": 1.0}, 7)
-    tracker.log_artifact(project.root / "params.yaml")
-    tracker.close()
-    (run,) = MlflowClient(url).search_runs(["1"])
-    assert (run.info.run_name, run.info.status, run.data.metrics) == ("remote", "FINISHED", {"m": 1.0})
-    assert [item.path for item in MlflowClient(url).list_artifacts(run.info.run_id)] == ["params.yaml"]
-    up.terminate()
-    up.communicate(timeout=30)
-    assert project.processes() == []

@@ -19,7 +19,7 @@ from data.reading.index import IndexFormatError
 from data.store import Store, StoreError, StoreIdentity, read_calibration
 from data.store.layout import MANIFEST
 from pipeline.stage import SCRATCH
-from stages.extract import BUILD, KEPT
+from stages.teaching.builds import BUILD, KEPT
 from stages.teaching.identity import store_identity
 
 STORES: Final = Path("outputs/stores")

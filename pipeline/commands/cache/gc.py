@@ -31,7 +31,7 @@ from pipeline.commands.cache.builds import (
 )
 from pipeline.commands.cache.table import table
 from pipeline.stage import SCRATCH
-from stages.extract import BUILD
+from stages.teaching.builds import BUILD
 
 REMOVED: Final = "removed"
 LISTED: Final = "can go"

@@ -17,7 +17,7 @@ from data.reading.index import CAMERAS, Index
 from data.reading.instances import StoredInstances, in_image, unpack
 from data.store import Store
 from pipeline.commands.cache.builds import STORES, actionable, chosen, published
-from stages.inputs.datasets import INDEX
+from stages.context import INDEX
 
 TOKEN_LETTERS: Final = 8  # of a token in a file's name
 

@@ -27,9 +27,10 @@ from pipeline.commands.cache.table import duration, table
 from pipeline.stage import SCRATCH
 from stages.calibration import calibrate, tap_specs
 from stages.card import PROBES
-from stages.extract import BUILD, UNSEEN
+from stages.extract import UNSEEN
 from stages.inputs.segmenters import make_segmenter, segmenter_config
 from stages.inputs.weights import save_detector
+from stages.teaching.builds import BUILD
 from stages.teaching.frozen import Frozen, Outputs, evenly, freeze
 
 TRAINVAL: Final = 28_130  # training samples of nuScenes v1.0-trainval: Caesar et al., CVPR 2020, section 5
