@@ -11,7 +11,7 @@ from pydantic import ValidationError, model_validator
 
 from base.errors import PipelineError
 from base.section import Section
-from config.nested import merge
+from config.nested import overlaid
 from config.sections import (
     COARSEST_STRIDE,
     DataParams,
@@ -32,7 +32,8 @@ from data.city.config import CityConfig
 from data.reading.config import GridConfig, InputConfig
 from distill.terms import TermConfig
 
-NAME: Final = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_][A-Za-z0-9_-]*")  # of a model, a store or a variant
+NAME: Final = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_][A-Za-z0-9_-]*")  # of a model, a store, a term or a variant
+FEATURES: Final = "features"  # folder in outputs/evaluations, beside those of models
 
 
 class ParamsError(PipelineError):
@@ -73,7 +74,7 @@ class Params(Section):
         base = self.students[chosen.student]
         overrides = {"model": chosen.model, "train": chosen.train}
         start = base.start if chosen.start is None else chosen.start
-        return StudentParams.model_validate(merge(base.model_dump(), overrides) | {"start": start})
+        return StudentParams.model_validate(overlaid(base.model_dump(), overrides) | {"start": start})
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -109,12 +110,18 @@ class Params(Section):
         """Names go into those of DVC's stages, of files, and into commands."""
         sections: dict[str, Iterable[str]] = {
             "teachers": self.teachers, "segmenters": self.segmenters, "stores": self.stores, "students": self.students,
-            "variants": self.variants, "data.worlds": self.data.worlds,
+            "terms": self.terms, "variants": self.variants, "data.worlds": self.data.worlds,
         }  # fmt: skip
         for section, names in sections.items():
             for name in names:
                 if not NAME.fullmatch(name):
                     yield f"{section}.{name}: {NO_NAME}"
+        students = {f"{variant}-{seed}" for variant in self.study.variants for seed in self.study.seeds}
+        for section, models in (("teachers", self.study.detectors), ("segmenters", self.study.segmenters)):
+            for name in students.intersection(models):
+                yield f"{section}.{name}: a student of the study has the same key, and each key has its predictions"
+            if FEATURES in models:
+                yield f"{section}.{FEATURES}: outputs/evaluations/{FEATURES} is the folder of features: rename it"
 
     def _unknown_names(self) -> Iterable[str]:
         checks: list[tuple[str, list[str], Collection[str]]] = [

@@ -10,28 +10,35 @@ from dataclasses import dataclass
 
 from config.graph import Node
 from config.params import Params, split_key
-from training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage trains, and on what."""
+
+    model: str  # entry of `teachers`, `segmenters` or `students`
+    stage: str  # entry of `resources`
+    batch: int
+    samples: int  # at once on each GPU
+    gpus: int  # of all nodes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one model on the GPUs that its stage asks for."""
+    """What a training will take."""
 
-    model: str  # entry of `teachers` or `students`
+    of: Training
     gigabytes: float  # on each GPU
-    samples: int  # at once on each GPU
-    batch: int
-    gpus: int
-    stage: str  # entry of `resources`
 
     def words(self, device: float | None) -> str:
         """In a line; `device` are the GB of this machine's GPU."""
+        of = self.of
         line = (
-            f"  {self.model}: about {self.gigabytes:.0f} GB, {self.samples} samples at once of a batch of {self.batch} "
-            f"on {self.gpus} GPU{'s' * (self.gpus > 1)}"
+            f"  {of.model}: about {self.gigabytes:.0f} GB, {of.samples} samples at once of a batch of {of.batch} "
+            f"on {of.gpus} GPU{'s' * (of.gpus > 1)}"
         )
         if device is not None and self.gigabytes > device:
-            line += f"; more than there is: raise resources.{self.stage}.gpus, or train.accumulate of {self.model}"
+            line += f"; more than there is: raise resources.{of.stage}.gpus, or train.accumulate of {of.model}"
         return line
 
 
@@ -41,7 +48,8 @@ def describe(params: Params, nodes: Iterable[Node]) -> str:
     found = list(dict.fromkeys(estimates(params, nodes)))
     if not found:
         return ""
-    others = dict.fromkeys(model for model, *_ in trainings(params, nodes) if model not in params.memory)
+    trained = dict.fromkeys(training.model for training in trainings(params, nodes))
+    others = [model for model in trained if model not in params.memory]
     device = gpu_gigabytes()
     here = "no GPU here" if device is None else f"a GPU here has {device:.0f} GB"
     head = f"memory of each GPU, estimated from one sample on a CPU (docs/paper-scale.md); {here}:"
@@ -51,27 +59,28 @@ def describe(params: Params, nodes: Iterable[Node]) -> str:
     return "\n".join(lines)
 
 
-def trainings(params: Params, nodes: Iterable[Node]) -> Iterator[tuple[str, TrainConfig, str, Node]]:
-    """Model, how it is trained, and entry of `resources` of each stage that trains a detector, with the stage."""
+def trainings(params: Params, nodes: Iterable[Node]) -> Iterator[Training]:
+    """Those of the stages that train a model."""
     for node in nodes:
         name, _, key = node.name.partition("@")
         if name in ("teacher", "fusion", "large"):
-            yield key, params.teachers[key].train, "teacher", node
+            stage, model, train = "teacher", key, params.teachers[key].train
+        elif name == "segmenter" and (own := params.segmenters[key].train) is not None:
+            stage, model, train = name, key, own
         elif name == "distill":
             variant, _ = split_key(key)
-            yield params.variants[variant].student, params.student(variant).train, "distill", node
+            stage, model, train = name, params.variants[variant].student, params.student(variant).train
+        else:
+            continue
+        gpus = max(int(node.meta.get("gpus") or 0), 1) * int(node.meta.get("nodes") or 1)
+        yield Training(model, stage, train.batch_size, math.ceil(train.batch_size / gpus / train.accumulate), gpus)
 
 
 def estimates(params: Params, nodes: Iterable[Node]) -> Iterator[Estimate]:
-    """Of each stage that trains a detector that has been measured."""
-    for model, train, stage, node in trainings(params, nodes):
-        if model not in params.memory:
-            continue
-        gpus = max(int(node.meta.get("gpus") or 0), 1) * int(node.meta.get("nodes") or 1)
-        samples = math.ceil(train.batch_size / gpus / train.accumulate)
-        measured = params.memory[model]
-        total = measured.model + samples * measured.sample
-        yield Estimate(model, total, samples, train.batch_size, gpus, stage)
+    """Of each training whose model has been measured."""
+    for training in trainings(params, nodes):
+        if measured := params.memory.get(training.model):
+            yield Estimate(training, measured.model + training.samples * measured.sample)
 
 
 def gpu_gigabytes() -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import fcntl
+import gc
 import importlib
 import json
 import logging
@@ -43,6 +44,11 @@ STEPS = ("teacher", "fusion", "large")  # stages that train teachers of boxes; t
 SCRATCH = Path(".scratch")
 LOGS = Path("logs")
 PUBLISHED = "published.json"
+COLLECTION = (
+    700,
+    10,
+    10,
+)  # thresholds of garbage collection, as Python has them; pipeline/__main__.py raises the first
 LINK = "run-link"  # in scratch: where a person finds the run of the attempt that failed
 VISIBLE_SECONDS = 90.0  # after which a shared file system shows what another host wrote (NFS: a minute at most)
 
@@ -111,6 +117,8 @@ def _run_here(root: Path, params: Params, spec: StageSpec, stop: Stop) -> int:
             tracker = stack.enter_context(_tracked(root, params, spec, scratch))
         context = StageContext(spec.name, spec.key, params, spec, root, scratch, tracker, stop, seed, rank, world_size)
         module = _module(spec.name)
+        gc.freeze()  # the imported modules are no garbage; from here on collections are Python's usual ones
+        gc.set_threshold(*COLLECTION)
         _seed_all(seed)
         started = time.monotonic()
         logger.info("%s starts, fingerprint %s", spec.address, spec.fingerprint[:16])

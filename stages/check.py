@@ -24,16 +24,18 @@ from base.errors import PipelineError
 from base.taps import TapRef
 from config.files import located, read_texts
 from config.params import Params
-from config.sections import StudentParams
+from config.sections import ImportParams, StudentParams
 from config.wording import suggest
+from data.reading.index import devkit_split
 from distill.recipe import Recipe
+from models.detectors.bevformer import BEVFormer
 from models.detectors.build import make_detector
 from models.detectors.detector import Detector
 from models.layers.registry import MODELS
 from stages.context import StageContext, StageError
 from stages.featured import AFTER, BEFORE, LIDAR, fusion_teacher
 from stages.inputs.segmenters import detection_names, make_segmenter, segmenter_config
-from stages.inputs.weights import check_fit, fitting, without_checkpoints
+from stages.inputs.weights import WEIGHTS, check_fit, fitting, weights_of_start, without_checkpoints
 from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def check(params: Params, root: Path) -> str:
     Raises:
         StageError: it cannot; one line for everything that is wrong: file, key, value, what is allowed.
     """
-    checks = Checks(params)
+    checks = Checks(params, root)
     if problems := list(dict.fromkeys(checks.problems())):
         listed = "\n".join(f"  {problem}" for problem in located(problems, read_texts(root)))
         raise StageError(f"the parameters ask for what cannot be built:\n{listed}")
@@ -67,9 +69,9 @@ def check(params: Params, root: Path) -> str:
 class Checks:
     """What is wrong with the models, taps, starts and terms of a study."""
 
-    def __init__(self, params: Params, models: dict[str, nn.Module | str] | None = None) -> None:
-        """Take the parameters, and models that were built before: config as JSON -> the model, or why there is none."""
-        self.params = params
+    def __init__(self, params: Params, root: Path, models: dict[str, nn.Module | str] | None = None) -> None:
+        """Take the parameters of a root, and models built before: config as JSON -> the model, or why there is none."""
+        self.params, self.root = params, root
         self.models = {} if models is None else models
 
     def problems(self) -> Iterator[str]:
@@ -78,6 +80,8 @@ class Checks:
         for name in study.detectors:
             teacher = self.params.teachers[name]
             yield from self._of_model(f"teachers.{name}", teacher.model, teacher.train)
+            yield from self._of_split(name)
+            yield from self._of_import(f"teachers.{name}.start", self._teacher(name), teacher.start)
             yield from self._of_second_step(name)
         for name in study.segmenters:
             yield from self._of_segmenter(name)
@@ -138,10 +142,32 @@ class Checks:
         built = self._built(without_checkpoints(config), make_segmenter)
         if isinstance(built, str):
             yield f"segmenters.{name}: {built}"
+        else:
+            yield from self._of_import(f"segmenters.{name}.start", built, settings.start)
         try:
             detection_names(config["classes"], config["class_map"])
         except StageError as error:
             yield f"segmenters.{name}: {error}"
+
+    def _of_split(self, name: str) -> Iterator[str]:
+        """The split that a teacher learns from is a part of one that is indexed."""
+        split = self.params.teachers[name].split
+        indexed = dict.fromkeys(devkit_split(part)[0] for part in self.params.data.splits.model_dump().values() if part)
+        try:
+            if split is not None and (whole := devkit_split(split)[0]) not in indexed:
+                yield f"teachers.{name}.split: {split!r} is no part of what data.splits names{suggest(whole, indexed)}"
+        except ValueError as error:
+            yield f"teachers.{name}.split: {error}"
+
+    def _of_import(self, where: str, model: nn.Module | None, start: Any) -> Iterator[str]:
+        """Weights from elsewhere are there, are the ones that were meant, and fit."""
+        if not isinstance(start, ImportParams) or model is None:
+            return
+        folder = self.root / start.folder
+        try:
+            check_fit(model, weights_of_start(folder, start.checksum), folder / WEIGHTS)
+        except StageError as error:
+            yield f"{where}: {error}".replace(f"{self.root}/", "")
 
     def _of_second_step(self, name: str) -> Iterator[str]:
         """A teacher that is trained in a second step takes modules of its parts."""
@@ -167,11 +193,15 @@ class Checks:
         store = self.params.stores[name]
         if (teacher := self._teacher(store.teacher)) is None:  # a segmenter, whose only tap the schema knows
             return
-        known = [*SERVED, *teacher.tap_channels]
-        for tap in store.taps:
+        known, whose = [*SERVED, *teacher.tap_channels], f"the {type(teacher).__name__} of teacher {store.teacher!r}"
+        for tap, settings in store.taps.items():
             if tap not in known:
-                kind = type(teacher).__name__
-                yield f"stores.{name}.taps: the {kind} of teacher {store.teacher!r} has no {tap!r}{suggest(tap, known)}"
+                yield f"stores.{name}.taps: {whose} has no {tap!r}{suggest(tap, known)}"
+                continue
+            if settings.cached and (settings.channels or 0) > (has := teacher.tap_channels.get(tap, 0)):
+                yield f"stores.{name}.taps.{tap}.channels: {settings.channels} are to be kept, and {whose} has {has}"
+            if settings.halo and isinstance(teacher, BEVFormer):
+                yield f"stores.{name}.taps.{tap}.halo: {whose} cannot have one: its queries were learned for the grid"
 
     def _of_variant(self, name: str) -> Iterator[str]:
         """A variant's student, where it starts, and its terms."""
@@ -185,6 +215,7 @@ class Checks:
     def _of_starts(self, name: str, student: Detector, settings: StudentParams) -> Iterator[str]:
         variant = self.params.variants[name]
         where = f"variants.{name}.start" if variant.start or variant.model else f"students.{variant.student}.start"
+        yield from self._of_import(where, student, settings.start)
         for start in settings.starts:
             teacher = self._teacher(start.teacher)
             if teacher is None:
@@ -254,7 +285,8 @@ def in_words(error: Exception, config: Mapping[str, Any]) -> str:
         return f"{kind} lacks {keys}; its keys: {', '.join(keys_of(kind))}"
     if found := re.match(r"(\w+) is not in the .* registry", text):
         close = difflib.get_close_matches(found[1], registered(), n=1)
-        return f"type {found[1]!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else "")
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"type {found[1]!r} is unknown{hint}; there are: {', '.join(MODELS.module_dict)}, and those of mmdet3d"
     lines = text.splitlines() or [""]
     return lines[0] if isinstance(error, PipelineError | ValueError) else f"{type(error).__name__}: {lines[0]}"
 

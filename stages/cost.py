@@ -103,7 +103,7 @@ class MultiplyAdds(FlopCounterMode):
         return super().__exit__(*error)
 
     def of(self, modules: Iterable[str] = ("Global",)) -> int:
-        """Multiply-adds of modules by their names, which begin with the model's class; of everything by default."""
+        """Multiply-adds of the named modules (names start with the model's class); by default of the whole model."""
         counts = self.get_flop_counts()
         return sum(sum(counts.get(module, {}).values()) for module in modules) // 2
 

@@ -89,7 +89,7 @@ def run(context: StageContext) -> None:
 
 
 def of_student(config: TrainConfig) -> TrainConfig:
-    """The settings with the student's modules named as they are beside a recipe."""
+    """The same settings with `lr_factors` keyed `student.<module>`, as modules are called beside a recipe's."""
     factors = {f"student.{module}": factor for module, factor in config.lr_factors.items()}
     return config.model_copy(update={"lr_factors": factors})
 

@@ -22,7 +22,7 @@ CONTROL = ("base/", "config/", "pipeline/", "results/tracking/", "stages/context
 SAME_CODE = {f"{stage}_{kind}": stage for stage in ("predict", "evaluate") for kind in ("teacher", "fusion", "large")}
 SAME_CODE |= {"fusion": "teacher", "large": "teacher"}
 # Beside what a stage imports: how the parameters of a student are put together.
-COMPOSING = {"needs": {"config/composing.py", "config/nested.py"}}
+COMPOSING = {"needs": {f"config/{name}.py" for name in ("composing", "nested", "params", "sections")}}
 STAGES: dict[str, dict[str, object]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

@@ -51,7 +51,7 @@ class Plan:
     folder: Path
     samples: int
     sizes: dict[str, int]  # expected bytes per tap
-    most: int  # bytes that all taps together do not pass, but for what compression adds to noise, or masks of noise
+    most: int  # upper bound in bytes of all taps; noise, which no compression makes smaller, may pass it slightly
     present: int  # bytes that finished shards hold already
     free: int
 

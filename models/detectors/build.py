@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ import models.detectors.simulated  # noqa: F401 (registers the detectors)
 from models.detectors.detector import Detector
 from models.layers.memory_layout import read_any_layout
 from models.layers.registry import MODELS
+
+DETECTORS = ("LidarCenterPoint", "RadarCenterPoint", "CameraBEVDepth", "BEVFormer", "BEVFusion", "SimulatedFusion")
 
 
 def build_detector(config: Mapping[str, Any]) -> Detector:
@@ -38,9 +41,8 @@ def make_detector(config: Mapping[str, Any]) -> Detector:
     name = config.get("type")
     kind = MODELS.get(name) if isinstance(name, str) else None
     if kind is None or not issubclass(kind, Detector):
-        raise ValueError(
-            f"model type {name!r} is unknown: use LidarCenterPoint, RadarCenterPoint, CameraBEVDepth, "
-            "BEVFormer, BEVFusion or SimulatedFusion"
-        )
+        close = difflib.get_close_matches(str(name), DETECTORS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"model type {name!r} is unknown{hint}; there are: {', '.join(DETECTORS)}")
     detector: Detector = MODELS.build(copy.deepcopy(dict(config)))
     return detector

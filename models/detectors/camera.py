@@ -25,7 +25,7 @@ from models.layers.lift import LiftSplat
 from models.layers.registry import MODELS
 from models.ports import Batch, Detections, Prediction, head_map
 
-CAMERAS = 6  # of nuScenes' rig
+CAMERAS = 6  # on the nuScenes rig
 
 
 def view_channels(lift: LiftSplat) -> dict[str, int]:

@@ -19,9 +19,12 @@ from models.ports import Batch
 
 
 class Sight(NamedTuple):
-    """Where the cameras of a frame see the pillars of the queries; of each camera k queries, all that it sees."""
+    """For each camera: the k queries whose pillars it sees, and where it sees them.
 
-    # [B, N, k] of which the pillars are seen; where a camera sees fewer than k, others follow. None: all, in order.
+    k is the number of queries that the camera with the most of them sees.
+    """
+
+    # [B, N, k] queries; a camera that sees fewer than k is filled up with others. None: all queries, in order.
     queries: Tensor | None
     # [B, N, k, Z, 2] of the points of their pillars: x and y, 0 and 1 at the outer edges of the image.
     positions: Tensor

@@ -16,7 +16,9 @@ from base.errors import PipelineError
 if TYPE_CHECKING:
     from config.graph import StageSpec
 
-FAR_SECONDS = 45.0  # from SIGTERM here to the hard end of a far stage: before the flow kills who would do that
+# Seconds from SIGTERM until a stage elsewhere is killed: less than the flow's own limit, so that this process is still
+# there to do it.
+FAR_SECONDS = 45.0
 UNDER = "PIPELINE_UNDER"  # environment: the launcher that started this process for another one, which has the last word
 RENDEZVOUS = "PIPELINE_RENDEZVOUS"  # environment: host:port of the first of several nodes
 NODE_RANK = "PIPELINE_NODE_RANK"  # environment: which of them this is

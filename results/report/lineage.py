@@ -9,7 +9,7 @@ from results.report.results import Study, load_study
 
 
 def starts(params: Params) -> set[str]:
-    """The teachers from which students or other teachers of the study start, and from which no store is made."""
+    """Models that only serve as a start: something in the study starts from them, and no store is made of them."""
     study = params.study
     begun = {start.teacher for name in study.variants for start in params.student(name).starts}
     parts = {part for name in study.detectors for part in study.parts(name).values()}

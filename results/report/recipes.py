@@ -20,10 +20,6 @@ PROFILES = {
         "difference of about 0.01 mAP can be seen. Gains here are gains on this city; they do not carry over to "
         "nuScenes by themselves."
     ),
-    "bench-gpu": (
-        "The synthetic city at full size with a pretrained backbone: the profile that settles gains on this city. "
-        "They do not carry over to nuScenes by themselves."
-    ),
     "stores": (
         "Feature distillation from differently encoded teacher outputs, all students from one start, on the small "
         "synthetic city: it resolves differences of about 0.008 mAP, and compares encodings, not methods."

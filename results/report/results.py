@@ -61,7 +61,7 @@ class Arm:
 
     @property
     def tag(self) -> str:
-        """What stands beside the name of an arm that is not a student; nothing beside a start that is called so."""
+        """The label after an arm's name: its kind, unless it is a student or its name already is its kind."""
         return "" if self.kind in ("student", self.name) else self.kind
 
 

@@ -177,8 +177,8 @@ def settings_of(params: Params, variant: str) -> dict[str, Any]:
 def own_settings(params: Params) -> dict[str, dict[str, Any]]:
     """Variant -> its settings that not all variants of the study share.
 
-    Variants that have a setting are compared. One that some lack counts where the same student has and lacks it, except
-    in terms: which of them a variant has is in its list of terms.
+    A setting is a variant's own if its value differs between variants, or if some variants of one student lack it. The
+    second rule does not hold for `terms.*`: which terms a variant has is in its list of them.
     """
     settings = {name: settings_of(params, name) for name in params.study.variants}
     students = {name: params.variants[name].student for name in settings}

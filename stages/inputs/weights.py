@@ -108,7 +108,7 @@ def start_from(model: nn.Module, folder: Path, checksum: str | None) -> None:
     Raises:
         StageError: the file is missing or broken, is another one, or does not fit.
     """
-    fill(model, _weights_of_start(folder, checksum), folder / WEIGHTS)
+    fill(model, weights_of_start(folder, checksum), folder / WEIGHTS)
 
 
 def start_in_part(
@@ -128,9 +128,28 @@ def start_in_part(
     Raises:
         StageError: the file is not readable, has no module of `only` or one that does not fit whole, or nothing fits.
     """
-    chosen = fitting(detector, _weights_of_start(folder, None), folder / WEIGHTS, only, resample=resample)
+    chosen = fitting(detector, weights_of_start(folder, None), folder / WEIGHTS, only, resample=resample)
     load_weights(detector, detector.state_dict() | chosen)
     return set(chosen)
+
+
+def weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
+    """The weights of a published model, by name.
+
+    Raises:
+        StageError: they cannot be read, or are not those of the checksum.
+    """
+    path = folder / WEIGHTS
+    try:
+        content = path.read_bytes()
+        if checksum is not None and checksum != (found := checksum_of(content)):
+            raise StageError(
+                f"the start {path} has checksum {found}, the parameters say {checksum}: "
+                "put back the file that was meant, or write the new checksum"
+            )
+        return load(content)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
 
 
 def fitting(
@@ -221,21 +240,6 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], source: Path | st
     expected = model.state_dict()
     _check_names(source, set(expected) - set(weights), set(weights) - set(expected))
     _check_shapes(source, expected, weights)
-
-
-def _weights_of_start(folder: Path, checksum: str | None) -> dict[str, Tensor]:
-    """The weights of a published model, by name; a file with another checksum is refused."""
-    path = folder / WEIGHTS
-    try:
-        content = path.read_bytes()
-        if checksum is not None and checksum != (found := checksum_of(content)):
-            raise StageError(
-                f"the start {path} has checksum {found}, the parameters say {checksum}: "
-                "put back the file that was meant, or write the new checksum"
-            )
-        return load(content)
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"the start {folder} has no readable weights ({error}): give a published model") from error
 
 
 def without_checkpoints(config: Any) -> Any:

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from dvc.repo import Repo
 from dvc.repo.index import Index
 
 from config import graph
@@ -67,6 +68,24 @@ def test_the_repository_has_the_stages_that_it_should(project: Project) -> None:
         assert node.cmd == f"exec python -m pipeline stage {base}" + (f" --key {key}" if key else "")
         assert {"gpus", "timeout_h"} <= node.meta.keys()
         assert all(names.index(other) < names.index(name) for other in node.upstream)
+
+
+@pytest.mark.parametrize("stores", [["lidar"], []])
+def test_what_stages_read_is_there_or_made(project: Project, stores: list[str]) -> None:
+    """In studies without stores, too, in which nothing is extracted. DVC refuses a dependency that does not exist."""
+    project.write("dvc.yaml", (ROOT / "dvc.yaml").read_text())
+    project.set(study__stores=stores, study__variants=["baseline"])
+    stages = Repo(str(project.root)).index.stages
+    made = [out.def_path for stage in stages for out in stage.outs]
+    for stage in stages:
+        for path in (dep.def_path for dep in stage.deps):
+            if path.startswith(("outputs/", "reports/")):
+                own = [
+                    out for out in made if out == path or f"{out}/".startswith(f"{path}/") or path.startswith(f"{out}/")
+                ]
+                assert own, f"{stage.name} reads {path}, which no stage makes"
+            else:
+                assert (ROOT / path).exists(), f"{stage.name} reads {path}"
 
 
 def test_graph_and_selection(chain: Project) -> None:

@@ -21,20 +21,21 @@ def node(name: str, gpus: int, nodes: int = 1) -> Node:
 def test_a_batch_is_divided_among_the_gpus(folder: Path, gpus: int, nodes: int, samples: int, gigabytes: float) -> None:
     params = apply_profile("nuscenes-x3kd-r50", folder)
     (found,) = memory.estimates(params, [node("distill@x3kd-0", gpus, nodes), node("teacher@lidar", gpus)])
-    assert (found.model, found.samples, found.batch, found.gpus) == ("camera", samples, 64, gpus * nodes)
+    assert found.of == memory.Training("camera", "distill", 64, samples, gpus * nodes)
     assert found.gigabytes == pytest.approx(gigabytes)
 
 
 def test_micro_batches_take_less(folder: Path) -> None:
     params = apply_profile("nuscenes-structured-bevdepth", folder)
     (found,) = memory.estimates(params, [node("teacher@camera-large", 8)])
-    assert found.samples == 4  # of 64 on eight GPUs, in two micro-batches
+    assert found.of.samples == 4  # of 64 on eight GPUs, in two micro-batches
 
 
 def test_what_was_not_measured_is_said_beside_what_was(folder: Path) -> None:
     params = apply_profile("nuscenes-x3kd-r50", folder)
-    nodes = [node("prepare", 0), node("teacher@lidar", 8), node("distill@x3kd-0", 8), node("distill@x3kd-1", 8)]
-    assert memory.describe(params, nodes).splitlines()[2:] == ["  not measured: lidar"]
+    nodes = [node("prepare", 0), node("segmenter@instance", 8), node("teacher@lidar", 8)]
+    nodes += [node("distill@x3kd-0", 8), node("distill@x3kd-1", 8)]
+    assert memory.describe(params, nodes).splitlines()[2:] == ["  not measured: instance, lidar"]
 
 
 def test_what_is_too_large_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

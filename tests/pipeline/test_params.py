@@ -166,6 +166,15 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
         ({"segmenters__instance__image": [100, 352]}, ["segmenters.instance", "[100, 352]", "multiples of 32"]),
         ({"segmenters__lidar": SEGMENTER}, ["segmenters.lidar: teachers has the same name"]),
         (
+            {"segmenters__xod-0": SEGMENTER, "study__segmenters": ["xod-0"]},
+            ["segmenters.xod-0: a student of the study has the same key"],
+        ),
+        (
+            {"segmenters__features": SEGMENTER, "study__segmenters": ["features"]},
+            ["segmenters.features: outputs/evaluations/features is the folder of features"],
+        ),
+        ({"terms__x.y": BOXES}, ["terms.x.y: no name: it is made of letters"]),
+        (
             {"study__stores": ["lidar", "instance"]},
             ["study.stores: 'instance' needs teacher 'instance' in study.segmenters []"],
         ),

@@ -301,7 +301,9 @@ def test_several_processes(make_project: Callable[..., Project]) -> None:
 def test_a_rank_that_fails_leaves_the_last_word_to_the_command(make_project: Callable[..., Project]) -> None:
     project = make_project(PIPELINE_LAUNCHER="torchrun", PIPELINE_PROCESSES="2", OMP_NUM_THREADS="1")
     project.edit("dvc.yaml", "deps: [stages/distill.py, outputs/index]", "deps: [stages/distill.py]")
-    project.write("stages/distill.py", "def run(context):\n    raise ValueError('no such luck')\n")
+    # The other rank waits: where it is the first to fail, the first rank may be ended before it has a run in MLflow.
+    failing = "import time\n\ndef run(context):\n    time.sleep(60 * context.rank)\n    raise ValueError('no such luck')\n"
+    project.write("stages/distill.py", failing)
     output = project.run("pipeline", "stage", "distill", "--key", "baseline-0", code=1)
     assert output.count("failed: distill@baseline-0\n") == 1
     assert output.count("mlflow: not sent yet") == 1

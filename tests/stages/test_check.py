@@ -36,13 +36,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "misspelt-detector": (
         {"model": {"type": "CameraBEVDept"}},
-        "variants.misspelt-detector.model: model type 'CameraBEVDept' is unknown: use LidarCenterPoint",
+        "variants.misspelt-detector.model: model type 'CameraBEVDept' is unknown; did you mean 'CameraBEVDepth'?"
+        "; there are: LidarCenterPoint",
     ),
     "misspelt-part": (
         {"model": BACKBONE},
         "variants.misspelt-part.model: type 'ResNett' is unknown; did you mean 'ResNet'",
     ),
-    "wrong-value": ({"model": {"depth_loss_kind": "bec"}}, "variants.wrong-value.model: "),
+    "wrong-value": (
+        {"model": {"depth_loss_kind": "bec"}},
+        "variants.wrong-value.model: CameraBEVDepth depth_loss_kind 'bec' must be 'bce' or 'ce'",
+    ),
+    "imported": (
+        {"start": {"folder": "nowhere", "checksum": "0"}},
+        "variants.imported.start: the start nowhere has no readable weights",
+    ),
     "other-stride": (
         {"model": {"stride": 16, "image_neck": {"upsample_strides": [0.5, 1, 2]}}, **HEAD},
         "variants.other-stride.model.stride: 16, and input.depth_stride is 8",
@@ -101,6 +109,11 @@ OTHERS = {
     "segmenters.instance: class_map: cat: allowed are car, truck",
     "teachers.fusion.start: teacher 'small': module 'images' fits the BEVFusion but for ",
     "students.camera-lacks.model: CameraBEVDepth lacks 'stride'",
+    "teachers.start.split: 'trian[:-16]' is no part of what data.splits names; did you mean 'train'",
+    "teachers.lidar.start: the start elsewhere has no readable weights",
+    "teachers.bevformer-large.model: the BEVFormer reads 2 keyframes, and input.frames is 1",
+    "stores.lidar.taps.bev_lift.channels: 999 are to be kept, and the LidarCenterPoint of teacher 'lidar' has ",
+    "stores.former.taps.bev_lift.halo: the BEVFormer of teacher 'bevformer-large' cannot have one: its queries",
 }
 
 
@@ -122,18 +135,22 @@ def params() -> Params:
         "input": {"frames": 1},
         "study": {
             "teachers": ["lidar", "start", "small"], "fusions": {"fusion": {"camera": "small"}},
-            "stores": ["lidar", "fusion", "instance"], "variants": [*VARIANTS, "lacks", "online"], "baselines": [],
-            "featured": ["featureless"],
+            "stores": ["lidar", "fusion", "former", "instance"], "variants": [*VARIANTS, "lacks", "online"],
+            "baselines": [], "featured": ["featureless"],
         },
     }  # fmt: skip
     raw["teachers"]["small"]["model"]["frames"] = 1
-    raw["study"]["large"] = {}
+    raw["study"]["large"] = {"bevformer-large": {"camera": "start"}}
+    raw["teachers"]["start"]["split"] = "trian[:-16]"
+    raw["teachers"]["lidar"]["start"] = {"folder": "elsewhere", "checksum": "0"}
+    raw["stores"]["lidar"]["taps"]["bev_lift"]["channels"] = 999
+    raw["stores"]["former"]["taps"]["bev_lift"] = {"serve": "cached-warp", "halo": 3.2}
     return Params.model_validate(merge(raw, overlay))
 
 
 @pytest.fixture(scope="module")
 def problems() -> list[str]:
-    return list(dict.fromkeys(Checks(params()).problems()))
+    return list(dict.fromkeys(Checks(params(), Path()).problems()))
 
 
 @pytest.mark.parametrize("line", [*(line for _, line in VARIANTS.values()), *sorted(OTHERS)])
@@ -156,8 +173,11 @@ def test_the_stage_fails_with_all_of_them(tmp_path: Path, problems: list[str]) -
     assert not (tmp_path / "outputs").exists()
 
 
+OUTS = ("outputs/checked-by-dvc-repro-check", "outputs/stores/.checked", "reports/stores/.checked")
+
+
 def context_of(root: Path, params: Params) -> StageContext:
-    spec = StageSpec("check", None, "", {}, {}, ("outputs/checked", "outputs/stores/.checked"))
+    spec = StageSpec("check", None, "", {}, {}, OUTS)
     (root / "scratch").mkdir()
     copy_params(root)
     return StageContext("check", None, params, spec, root, root / "scratch", NullTracker(), Stop(), 0)
@@ -169,10 +189,8 @@ def test_its_outs_do_not_depend_on_what_was_checked(tmp_path: Path) -> None:
         changed = merge(RAW, {"teachers": {"lidar": {"train": {"lr": learning_rate}}}})
         (tmp_path / str(number)).mkdir()
         check.run(context_of(tmp_path / str(number), Params.model_validate(changed)))
-        made = sorted(path for path in (tmp_path / str(number) / "outputs").rglob("*") if path.is_file())
-        found.append([(path.relative_to(tmp_path / str(number)), path.read_bytes()) for path in made])
+        found.append([(tmp_path / str(number) / out).read_bytes() for out in OUTS])
     assert found[0] == found[1]
-    assert [str(path) for path, _ in found[0]] == ["outputs/checked", "outputs/stores/.checked"]
 
 
 BUILT: dict[str, Any] = {}  # most models are those of several profiles or studies
@@ -186,4 +204,4 @@ def test_what_the_repository_has_can_be_built(apply: Any, name: str, tmp_path: P
         (tmp_path / entry).symlink_to(ROOT / entry)
     copy_params(tmp_path)
     apply(name, tmp_path)
-    assert list(Checks(load_params(tmp_path), BUILT).problems()) == []
+    assert list(Checks(load_params(tmp_path), tmp_path, BUILT).problems()) == []
