@@ -12,7 +12,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from base.errors import PipelineError
-from config.files import LAID, load_params, read_texts
+from config.composing import gathered
+from config.files import LAID, load_params, parse_yaml, read_texts
+from config.nested import flatten
 from config.params import ParamsError
 from config.profiles import ProfileError, apply_profile, available, lay_over
 from config.studies import apply_study
@@ -105,6 +107,15 @@ def test_a_profile_that_breaks_the_schema_changes_nothing(folder: Path) -> None:
         apply_profile("smog", folder)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == ["params", "params.yaml", "profiles"]
+
+
+@pytest.mark.parametrize("name", [name for name in available(ROOT) if not name.startswith(("demo", "nuscenes"))])
+def test_a_profile_says_only_what_differs(folder: Path, name: str) -> None:
+    """From `demo`. Those of the papers say all that a paper does, whatever is right for a city."""
+    whole, wrong = gathered({file: parse_yaml(text, file) for file, text in read_texts(folder).items()})
+    assert wrong == []
+    before, own = flatten(whole), flatten(parse_yaml((folder / f"profiles/{name}.yaml").read_text(), name))
+    assert [key for key, value in own.items() if before.get(key, ...) == value] == []
 
 
 def test_values_go_into_the_files_that_have_their_keys(folder: Path) -> None:
