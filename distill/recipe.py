@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
 from base.taps import TapRef
+from base.watching import WATCHED
 from distill.adversarial import AdversarialTerm
 from distill.features import MapTerm, check_tasks
 from distill.output import BoxTerm, HeadTerm
@@ -16,9 +17,6 @@ from distill.term import Term
 from distill.terms import TermConfig
 from models.head.targets import TargetEncoder
 from models.ports import Batch, Prediction
-
-# Names of a recipe's values that start so are logged and not minimised; the trainer knows them by it.
-WATCHED: Final = "watch/"
 
 
 class Recipe(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from base.watching import WATCHED
 from config.params import split_key
 from data.reading.batch import collate
 from data.reading.config import BevConfig
@@ -29,7 +30,7 @@ from stages.teaching.sources import OnlineTeacher, Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
 from training.config import TrainConfig
 from training.seeding import MODEL, RECIPE, seed_everything
-from training.trainer import WATCHED, train
+from training.trainer import train
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from training.seeding import MODEL, seed_everything
 from training.trainer import train
 
 
-class Supervised:
+class SupervisedSegmenter:
     """A segmenter and its losses against the instances of the images."""
 
     def __init__(self, segmenter: Segmenter) -> None:
@@ -59,4 +59,4 @@ def trained(context: StageContext, settings: SegmenterParams, segmenter: Segment
     """Weights after the training on `data.instances.train`."""
     assert settings.train is not None
     images = training_images(context, settings)
-    return train(Supervised(segmenter), images, collate_images, settings.train, context.training(context.seed))
+    return train(SupervisedSegmenter(segmenter), images, collate_images, settings.train, context.training(context.seed))

@@ -19,7 +19,7 @@ from training.seeding import MODEL, seed_everything
 from training.trainer import train
 
 
-class Supervised:
+class SupervisedDetector:
     """A detector and the losses against the truth."""
 
     def __init__(self, detector: Detector) -> None:
@@ -39,7 +39,7 @@ def run(context: StageContext) -> None:
     start_as_set(detector, teacher.start, context.root, params.study.parts(key))
     split = teacher.split or params.data.splits.train
     dataset = training_dataset(context.root, params, detector, context.seed, split)
-    task = Supervised(detector)
+    task = SupervisedDetector(detector)
     weights = train(task, dataset, collate, teacher.train, context.training(context.seed), dataset.classes)
     if context.rank == 0:
         save_detector(context.scratch / "model", teacher.model, weights)

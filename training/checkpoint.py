@@ -25,7 +25,7 @@ from torch import Tensor
 
 from base.errors import PipelineError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _TEMPORARY = ".tmp-"
 
@@ -149,5 +149,5 @@ class Checkpoints:
             try:
                 return self.load(step)
             except CheckpointError as error:
-                log.warning("%s: going back to the one before it", error)
+                logger.warning("%s: going back to the one before it", error)
         return None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 
-class Tracker(Protocol):
-    """Where curves go."""
+class Curves(Protocol):
+    """Where the values of the steps go."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Log values of a step."""
@@ -27,6 +27,6 @@ class Run:
 
     seed: int  # of the order of samples and of every draw in the steps
     scratch: Path  # folder of the checkpoints and of `trace.jsonl`, one line per step
-    tracker: Tracker  # gets the curves, from rank 0
+    tracker: Curves  # from rank 0
     stop: Callable[[], bool] = never  # asked after every step: when it answers True the state is saved
     label: str = "train"  # name in the progress bar

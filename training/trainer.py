@@ -26,6 +26,7 @@ from base.environment import cores
 from base.errors import PipelineError
 from base.progress import ProgressBar
 from base.stopping import Preempted
+from base.watching import WATCHED
 from training.checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
 from training.ema import EMA
 from training.loading import load_weights
@@ -39,10 +40,9 @@ if TYPE_CHECKING:
 
     from training.config import TrainConfig
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 RUNTIME = {"checkpoint_minutes", "workers", "log_every"}  # settings that do not change the result
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which the ranks of a dead rank end too
-WATCHED = "watch/"  # names of a task's values that start so are logged and not minimised
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # of CPUs whose arithmetic torch's convolutions use
 SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed training counts as diverged
 
@@ -251,7 +251,7 @@ class Trainer:
         make_deterministic()
         precision = precision_here(config.precision)
         if precision != config.precision:
-            log.info("%s trains in float32: this CPU would emulate bfloat16, which is slow", run.label)
+            logger.info("%s trains in float32: this CPU would emulate bfloat16, which is slow", run.label)
         self.fabric = make_fabric(precision)
         self.fabric.launch()
         self.config, self.run = config, run
@@ -431,7 +431,7 @@ class Trainer:
         if step is None:
             return
         self._restore(newest or self.checkpoints.load(step))
-        log.info("resuming %s from step %d of %d", self.run.label, self.step, self.total)
+        logger.info("resuming %s from step %d of %d", self.run.label, self.step, self.total)
 
     def _restore(self, saved: Checkpoint) -> None:
         self._check_same_run(saved)
@@ -462,7 +462,7 @@ class Trainer:
                 f"restore the values, or delete {self.run.scratch} to start anew"
             )
         if metadata["threads"] != torch.get_num_threads():
-            log.warning(
+            logger.warning(
                 "resuming with %d threads what ran with %d: sums may differ in the last bit",
                 torch.get_num_threads(),
                 metadata["threads"],

@@ -36,7 +36,7 @@ from data.store.layout import (
 )
 from data.store.taps import TapSpec, check_names, dump_taps
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _TEMPORARY = ".tmp-"
 _SAMPLE_OVERHEAD = 512  # bytes of padding, checksums and tokens per sample, rounded up
 _MARGIN = 1.1  # of the expected bytes over the measured mean
@@ -300,7 +300,7 @@ class StoreWriter:
             try:
                 self.finished[shard] = self._whole(path, shard)
             except (DamagedShardError, _OtherCalibrationError) as error:
-                log.warning("%s: writing it again", error)
+                logger.warning("%s: writing it again", error)
                 path.unlink()
 
     def _adopt(self) -> None:
@@ -318,9 +318,9 @@ class StoreWriter:
                     self.finished[shard] = self._whole(temporary, shard)
                     temporary.replace(path)
             except DamagedShardError as error:
-                log.warning("%s: writing %s again", error, source)
+                logger.warning("%s: writing %s again", error, source)
             except StoreError as error:  # and so are the others
-                log.info("nothing is taken over from %s: %s", self.finished_from, error)
+                logger.info("nothing is taken over from %s: %s", self.finished_from, error)
                 break
             finally:
                 temporary.unlink(missing_ok=True)

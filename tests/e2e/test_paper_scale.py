@@ -38,7 +38,7 @@ from models.inherit import inherited
 from stages.context import INDEX
 from stages.distill import Distillation, make_recipe
 from stages.inputs.datasets import training_dataset
-from stages.teacher import Supervised
+from stages.teacher import SupervisedDetector
 from stages.teaching.sources import OnlineTeacher
 from tests.conftest import ROOT
 from tests.params_files import copy_params, lay_text
@@ -270,7 +270,7 @@ def test_steps_of_simdistill_on_a_real_keyframe(simdistill: Params, real_dataroo
     seed_everything(MODEL, 0)
     teacher = build_detector(params.teachers["fusion"].model)
     batch = collate([training_dataset(tmp_path, params, teacher, 0, SPLIT)[(0, 0, 0)]])
-    assert finite_step(Supervised(teacher), batch) == {"heatmap", "box", "depth"}
+    assert finite_step(SupervisedDetector(teacher), batch) == {"heatmap", "box", "depth"}
 
     terms = dict(params.variants["simdistill"].terms)
     taps = [term.teacher.removeprefix("fusion.") for term in terms.values()]
@@ -340,7 +340,7 @@ def structured_step(
     return finite_step(task, batch), {tap: list(value.shape) for tap, value in found.items()}
 
 
-def finite_step(task: Supervised | Distillation, batch: Batch) -> set[str]:
+def finite_step(task: SupervisedDetector | Distillation, batch: Batch) -> set[str]:
     """Names of the losses of a forward and a backward pass, of which all that comes out is finite.
 
     The precision is that of training here: a CPU without bfloat16 takes a quarter of an hour to emulate such a step.

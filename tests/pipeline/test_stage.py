@@ -302,8 +302,8 @@ def test_a_rank_that_fails_leaves_the_last_word_to_the_command(make_project: Cal
     project = make_project(PIPELINE_LAUNCHER="torchrun", PIPELINE_PROCESSES="2", OMP_NUM_THREADS="1")
     project.edit("dvc.yaml", "deps: [stages/distill.py, outputs/index]", "deps: [stages/distill.py]")
     # The other rank waits: where it is the first to fail, the first rank may be ended before it has a run in MLflow.
-    failing = "import time\n\ndef run(context):\n    time.sleep(60 * context.rank)\n    raise ValueError('no such luck')\n"
-    project.write("stages/distill.py", failing)
+    body = "time.sleep(60 * context.rank)\n    raise ValueError('no such luck')"
+    project.write("stages/distill.py", f"import time\n\ndef run(context):\n    {body}\n")
     output = project.run("pipeline", "stage", "distill", "--key", "baseline-0", code=1)
     assert output.count("failed: distill@baseline-0\n") == 1
     assert output.count("mlflow: not sent yet") == 1

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from base.watching import WATCHED
 from config.graph import StageSpec
 from config.nested import merge
 from config.params import Params
@@ -42,7 +43,7 @@ from tests.params_files import read_params
 from tests.stages.tasks import task_of
 from tests.stages.untrained import make_root
 from training.config import TrainConfig
-from training.trainer import WATCHED, minimised
+from training.trainer import minimised
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, HALO = 6, 6.4
