@@ -44,11 +44,8 @@ STEPS = ("teacher", "fusion", "large")  # stages that train teachers of boxes; t
 SCRATCH = Path(".scratch")
 LOGS = Path("logs")
 PUBLISHED = "published.json"
-COLLECTION = (
-    700,
-    10,
-    10,
-)  # thresholds of garbage collection, as Python has them; pipeline/__main__.py raises the first
+# Thresholds of garbage collection, as Python has them; pipeline/__main__.py raises the first.
+COLLECTION = (700, 10, 10)
 LINK = "run-link"  # in scratch: where a person finds the run of the attempt that failed
 VISIBLE_SECONDS = 90.0  # after which a shared file system shows what another host wrote (NFS: a minute at most)
 

@@ -151,10 +151,12 @@ class Checks:
 
     def _of_split(self, name: str) -> Iterator[str]:
         """The split that a teacher learns from is a part of one that is indexed."""
-        split = self.params.teachers[name].split
-        indexed = dict.fromkeys(devkit_split(part)[0] for part in self.params.data.splits.model_dump().values() if part)
+        if (split := self.params.teachers[name].split) is None:
+            return
+        parts = [part for part in self.params.data.splits.model_dump().values() if part]
         try:
-            if split is not None and (whole := devkit_split(split)[0]) not in indexed:
+            indexed = dict.fromkeys(devkit_split(part)[0] for part in parts)
+            if (whole := devkit_split(split)[0]) not in indexed:
                 yield f"teachers.{name}.split: {split!r} is no part of what data.splits names{suggest(whole, indexed)}"
         except ValueError as error:
             yield f"teachers.{name}.split: {error}"
