@@ -32,10 +32,12 @@ importlib.import_module("stages.{stage}")
 BUILD = (
     START
     + """
-try:
-    from models.detectors.build import build_detector
-except ImportError:  # other commits have it elsewhere
-    from models.build import build_detector
+for home in ("models.detectors.build", "models.build", "models.detector"):  # other commits have it elsewhere
+    try:
+        build_detector = importlib.import_module(home).build_detector
+        break
+    except (ImportError, AttributeError):
+        pass
 build_detector(params.teachers["start"].model)
 """
 )

@@ -359,6 +359,7 @@ class StudyParams(Section):
 class EvaluateParams(Section):
     """The official evaluation."""
 
+    official: Literal["vectorised", "devkit"] = "vectorised"  # equal numbers; the devkit takes minutes and its memory
     split: Literal["train", "val"]
     batch_size: Count
     pictures: int = Field(ge=0)  # keyframes to draw, spread over the split

@@ -1,6 +1,6 @@
 """Stages `evaluate`, `evaluate_teacher`, `evaluate_fusion` and `evaluate_large`.
 
-A submission -> the devkit's metrics, pictures. They need no model, no GPU and no torch.
+A submission -> the official metrics, pictures. They need no model, no GPU and no torch, and the devkit if asked to.
 """
 
 from __future__ import annotations
@@ -17,15 +17,10 @@ from data.drawing import pictures
 from data.reading.classes import CLASSES
 from data.reading.index import Index
 from data.scoring import confusion
-from data.scoring.metrics import (
-    MEAN_ERRORS,
-    Evaluation,
-    evaluate_submission,
-    open_tables,
-    summary,
-    write_devkit_files,
-)
-from data.scoring.submission import MODEL, SUBMISSION, SampleDetections, read_detections
+from data.scoring.evaluation import MEAN_ERRORS, Evaluation, summary, write_devkit_files
+from data.scoring.nuscenes import evaluate_submission
+from data.scoring.submission import MODEL, SUBMISSION, SampleDetections
+from data.scoring.submitted import Submitted, detections_of, read_submission
 from results.tracking.runs import scores
 from stages import predictions
 from stages.context import INDEX, StageContext, StageError
@@ -51,14 +46,14 @@ def _run(context: StageContext, key: str) -> None:
     if model["split"] != split:
         command = predictions.command(context)
         raise StageError(f"{submission} is of split {model['split']!r}, not of {split!r}: run `{command}`")
-    nusc = open_tables(context.root / params.data.dataroot, params.data.version)
-    evaluation = evaluate_submission(nusc, submission, split)
+    submitted = read_submission(submission)
+    evaluation = _evaluate(context, index, submitted, split)
     write_devkit_files(evaluation, folder)
-    metrics = {**model, **summary(evaluation)}
+    metrics = {**model, **summary(evaluation), "official": params.evaluate.official}
     logger.info("%s", _words(metrics))
     context.tracker.log_metrics(scores(metrics), 0)
     _draw_curves(context, evaluation, metrics, folder)
-    detections = read_detections(submission, index, index.rows(split).tolist())
+    detections = detections_of(submitted, index, index.rows(split).tolist())
     found = confusion.confusion(detections, index, split, params.evaluate.score_threshold)
     _draw_confusion(context, found, folder)
     _draw_scenes(context, index, split, detections, folder)
@@ -67,6 +62,17 @@ def _run(context: StageContext, key: str) -> None:
     _write(folder / "evaluation.json", {name: value for name, value in metrics.items() if name not in HEADLINES})
     context.publish(folder, f"outputs/evaluations/{key}")
     context.publish(made, f"reports/metrics/{key}.json")
+
+
+def _evaluate(context: StageContext, index: Index, submitted: Submitted, split: str) -> Evaluation:
+    """The official numbers of a submission, from the index or from the dataroot's tables by the devkit."""
+    params = context.params
+    if params.evaluate.official == "vectorised":
+        return evaluate_submission(index, submitted, split)
+    from data.scoring import devkit  # late: it brings matplotlib, sklearn and OpenCV
+
+    tables = devkit.open_tables(context.root / params.data.dataroot, params.data.version)
+    return devkit.evaluate_submission(tables, submitted.path, split)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -83,10 +89,10 @@ def _words(metrics: Mapping[str, Any]) -> str:
 
 
 def _draw_curves(context: StageContext, evaluation: Evaluation, metrics: Mapping[str, Any], folder: Path) -> None:
-    curves = {
-        name: {distance: (data.recall, data.precision) for data, distance in evaluation.details.get_class_data(name)}
-        for name in CLASSES
-    }
+    curves: dict[str, dict[float, tuple[Any, Any]]] = {name: {} for name in CLASSES}
+    for which, curve in evaluation.details.items():
+        name, distance = which.split(":")
+        curves[name][float(distance)] = np.array(curve["recall"]), np.array(curve["precision"])
     average = {name: metrics["classes"][name]["AP"] if evaluation.truth[name] else None for name in CLASSES}
     title = f"{metrics['key']}, split {metrics['split']}: mAP {metrics['mAP']:.3f}"
     figure = pictures.draw_curves(curves, average, title)

@@ -21,7 +21,8 @@ from base.progress import ProgressBar
 from config.params import Params
 from data.drawing import pictures
 from data.reading.index import Index
-from data.scoring.submission import SUBMISSION, SampleDetections, read_detections
+from data.scoring.submission import SUBMISSION, SampleDetections
+from data.scoring.submitted import detections_of, read_submission
 from results.report.lineage import results, teachers_of
 from results.report.results import Arm, Study
 from results.report.scenes import extremes, fullest, scene_gains
@@ -92,7 +93,7 @@ def predictions(context: StageContext, arm: Arm, index: Index, rows: Iterable[in
     """An arm's published boxes with a score of at least evaluate.score_threshold, of some rows of the index."""
     path = context.root / f"outputs/predictions/{arm.first_key}" / SUBMISSION
     try:
-        found = read_detections(path, index, rows)
+        found = detections_of(read_submission(path), index, rows)
     except FileNotFoundError:
         command = f"{arm.stage.replace('evaluate', 'predict')}@{arm.first_key}"
         raise StageError(f"{path} is missing: run `dvc repro {command}`") from None

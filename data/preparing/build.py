@@ -21,6 +21,7 @@ from data.reading.boxes import lidar_boxes_from_global
 from data.reading.classes import ATTRIBUTES, CATEGORY_TO_CLASS, CLASSES
 from data.reading.geometry import Float64, se3
 from data.reading.index import CAMERAS, FILE, FORMAT, LIDAR, RADARS, devkit_split, scenes_of_split
+from data.reading.truth import SEVERAL, TRUTH_FILE, TRUTH_FORMAT
 
 RADAR_SWEEPS: Final = 6  # 0.46 s at 13 Hz
 MAX_TIME_DIFFERENCE: Final = 1.5  # s; the devkit's bound for estimating a velocity
@@ -33,6 +34,7 @@ _VERSION_OF_SPLIT: Final = {
     "mini_val": "mini",
     "test": "test",
 }
+_RACK: Final = "static_object.bicycle_rack"
 _VISIBILITY: Final = {"v0-40": 1, "v40-60": 2, "v60-80": 3, "v80-100": 4}
 
 
@@ -70,7 +72,7 @@ def build_index(
     sweeps: int = 10,
     radar: bool = False,
 ) -> Summary:
-    """Write the index of some splits of a dataroot to `out_dir`/index.arrow.
+    """Write the index of some splits of a dataroot to `out_dir`/index.arrow, and their truth to truth.arrow beside it.
 
     Args:
         dataroot: folder that holds `version`, `samples` and `sweeps`.
@@ -101,7 +103,8 @@ def build_index(
         "skipped": json.dumps(_skipped(tables, keyframes, keyframes.scene, faults), sort_keys=True),
         "blobs": digest,
     }
-    _write(Path(out_dir), columns, metadata)
+    _write(Path(out_dir) / TRUTH_FILE, _truth_columns(tables, keyframes), {"format": TRUTH_FORMAT, "version": version})
+    _write(Path(out_dir) / FILE, columns, metadata)
     return _summary(kept, len(columns["box"].flatten()), _skipped(tables, keyframes, keyframes.split, faults))
 
 
@@ -109,7 +112,7 @@ def _keyframes(tables: Tables, split_of_scene: dict[str, str], sweeps: int, rada
     """The keyframes of some scenes, scene by scene in time, with the sensor records that belong to each."""
     names = np.array(tables["scene"]["name"].to_pylist(), dtype=object)
     split_of_row = np.array([split_of_scene.get(name) for name in names], dtype=object)
-    scene_rows = tables.look_up("scene", tables["sample"]["scene_token"])
+    scene_rows = tables.reference("sample", "scene_token", "scene")
     wanted = np.flatnonzero(split_of_row[scene_rows] != np.array(None))
     timestamps = tables.integers("sample", "timestamp", wanted)
     rows = wanted[np.lexsort((timestamps, scene_rows[wanted]))]
@@ -171,18 +174,18 @@ def _scenes(split_of_scene: dict[str, str]) -> dict[str, list[str]]:
 
 def _sweep_chains(tables: Tables, samples: Rows, channels: tuple[str, ...], length: int) -> Rows:
     """Rows [S, channels, length] of sample_data: each keyframe's record and the ones before it."""
-    calibration = tables.look_up("calibrated_sensor", tables["sample_data"]["calibrated_sensor_token"])
-    sensor = tables.look_up("sensor", tables["calibrated_sensor"]["sensor_token"])
+    calibration = tables.reference("sample_data", "calibrated_sensor_token", "calibrated_sensor")
+    sensor = tables.reference("calibrated_sensor", "sensor_token", "sensor")
     channel_of_sensor = pc.index_in(tables["sensor"]["channel"], value_set=pa.array(channels)).fill_null(MISSING)
     channel = channel_of_sensor.to_numpy()[sensor][calibration]
     position = np.full(len(tables["sample"]), MISSING)
     position[samples] = np.arange(len(samples))
-    sample = position[tables.look_up("sample", tables["sample_data"]["sample_token"])]
+    sample = position[tables.reference("sample_data", "sample_token", "sample")]
     is_keyframe = tables["sample_data"]["is_key_frame"].to_numpy()
     rows = np.flatnonzero(is_keyframe & (channel != MISSING) & (sample != MISSING))
     chains = np.full((len(samples), len(channels), length), MISSING)
     chains[sample[rows], channel[rows], 0] = rows
-    before = tables.look_up("sample_data", tables["sample_data"]["prev"], empty=True)
+    before = tables.reference("sample_data", "prev", "sample_data", empty=True)
     before = np.append(before, MISSING)  # so that MISSING, as an index, gives MISSING
     for step in range(1, length):
         chains[..., step] = before[chains[..., step - 1]]
@@ -242,6 +245,8 @@ def _columns(tables: Tables, keyframes: _Keyframes) -> dict[str, pa.Array]:
     lidar, cameras = keyframes.sweeps[:, 0], keyframes.sweeps[:, 1 : 1 + len(CAMERAS), 0]
     radars = keyframes.sweeps[:, 1 + len(CAMERAS) :].reshape(len(lidar), -1)
     previous, following = _neighbours(tables, keyframes.rows)
+    # All at once, as every look-up goes through all tokens of ego_pose.
+    tables.reference("sample_data", "ego_pose_token", "ego_pose", keyframes.sweeps[keyframes.sweeps != MISSING])
     global_SE3_ego = _ego_poses(tables, lidar[:, 0])
     return {
         "token": _text(tables.column("sample", "token", keyframes.rows)),
@@ -262,7 +267,7 @@ def _neighbours(tables: Tables, rows: Rows) -> tuple[Rows, Rows]:
     """Positions [S] of the previous and the next keyframe among `rows`, MISSING where there is none."""
     position = np.full(len(tables["sample"]) + 1, MISSING)
     position[rows] = np.arange(len(rows))
-    before = tables.look_up("sample", tables.column("sample", "prev", rows), empty=True)
+    before = tables.reference("sample", "prev", "sample", rows, empty=True)
     previous = position[before]
     following = np.full(len(rows) + 1, MISSING)
     following[previous] = np.arange(len(rows))
@@ -271,7 +276,7 @@ def _neighbours(tables: Tables, rows: Rows) -> tuple[Rows, Rows]:
 
 def _ego_poses(tables: Tables, rows: Rows) -> Float64:
     """`global_SE3_ego` [R, 4, 4] of sample_data rows."""
-    poses = tables.look_up("ego_pose", tables.column("sample_data", "ego_pose_token", rows))
+    poses = tables.reference("sample_data", "ego_pose_token", "ego_pose", rows)
     return se3(tables.vectors("ego_pose", "rotation", 4, poses), tables.vectors("ego_pose", "translation", 3, poses))
 
 
@@ -286,7 +291,7 @@ def _sensor_poses(tables: Tables, rows: Rows) -> Float64:
 
 
 def _calibrations(tables: Tables, rows: Rows) -> Rows:
-    return tables.look_up("calibrated_sensor", tables.column("sample_data", "calibrated_sensor_token", rows))
+    return tables.reference("sample_data", "calibrated_sensor_token", "calibrated_sensor", rows)
 
 
 def _camera_columns(tables: Tables, rows: Rows) -> dict[str, pa.Array]:
@@ -318,13 +323,7 @@ def _sweep_columns(tables: Tables, sensor: str, rows: Rows) -> dict[str, pa.Arra
 
 def _annotation_columns(tables: Tables, samples: Rows, global_SE3_lidar: Float64) -> dict[str, pa.Array]:
     """Columns of the boxes of the ten classes, in the LiDAR frame of their keyframe."""
-    position = np.full(len(tables["sample"]), MISSING)
-    position[samples] = np.arange(len(samples))
-    keyframe = position[tables.look_up("sample", tables["sample_annotation"]["sample_token"])]
-    label = _labels(tables)
-    rows = np.flatnonzero((keyframe != MISSING) & (label != MISSING))
-    rows = rows[np.argsort(keyframe[rows], kind="stable")]
-    keyframe = keyframe[rows]
+    rows, keyframe, offsets = _annotations_of(tables, samples, _labels(tables) != MISSING)
     boxes = lidar_boxes_from_global(
         tables.vectors("sample_annotation", "translation", 3, rows),
         tables.vectors("sample_annotation", "size", 3, rows),
@@ -332,10 +331,9 @@ def _annotation_columns(tables: Tables, samples: Rows, global_SE3_lidar: Float64
         _velocities(tables, rows),
         global_SE3_lidar[keyframe],
     )
-    offsets = _offsets(np.bincount(keyframe, minlength=len(samples)))
     values: dict[str, Any] = {
         "box": _fixed(boxes, 9),
-        "label": label[rows],
+        "label": _labels(tables)[rows],
         "box_token": _text(tables.column("sample_annotation", "token", rows)),
         "num_lidar_points": tables.integers("sample_annotation", "num_lidar_pts", rows),
         "num_radar_points": tables.integers("sample_annotation", "num_radar_pts", rows),
@@ -345,13 +343,73 @@ def _annotation_columns(tables: Tables, samples: Rows, global_SE3_lidar: Float64
     return {name: _lists(offsets, pa.array(column)) for name, column in values.items()}
 
 
+def _annotations_of(tables: Tables, samples: Rows, wanted: NDArray[np.bool_]) -> tuple[Rows, Rows, pa.Array]:
+    """The annotations of keyframes, among those that are wanted [A].
+
+    Returns:
+        Rows [M] of sample_annotation, keyframe by keyframe, each in the order of the table, which is the devkit's; the
+        position [M] of their keyframes; where each keyframe's begin [S + 1].
+    """
+    position = np.full(len(tables["sample"]), MISSING)
+    position[samples] = np.arange(len(samples))
+    keyframe = position[tables.reference("sample_annotation", "sample_token", "sample")]
+    rows = np.flatnonzero((keyframe != MISSING) & wanted)
+    rows = rows[np.argsort(keyframe[rows], kind="stable")]
+    return rows, keyframe[rows], _offsets(np.bincount(keyframe[rows], minlength=len(samples)))
+
+
+def _truth_columns(tables: Tables, keyframes: _Keyframes) -> dict[str, pa.Array]:
+    """All columns of the truth: of every keyframe of the splits, also of those with missing or broken files."""
+    labels, lidar = _labels(tables), keyframes.sweeps[:, 0, 0]
+    rows, _, offsets = _annotations_of(tables, keyframes.rows, labels != MISSING)
+    ego = np.full((len(lidar), 3), np.nan)
+    ego[lidar != MISSING] = _ego_poses(tables, lidar[lidar != MISSING])[:, :3, 3]
+    values: dict[str, Any] = {
+        "box_token": _text(tables.column("sample_annotation", "token", rows)),
+        "label": labels[rows],
+        **_placed(tables, rows),
+        "velocity": _fixed(_velocities(tables, rows), 2),
+        "attribute": _only_attributes(tables, rows),
+        "points": sum(
+            tables.integers("sample_annotation", field, rows) for field in ("num_lidar_pts", "num_radar_pts")
+        ),
+    }
+    racks, _, rack_offsets = _annotations_of(tables, keyframes.rows, _racks(tables))
+    placed = {f"rack_{name}": column for name, column in _placed(tables, racks).items()}
+    return {
+        "token": _text(tables.column("sample", "token", keyframes.rows)),
+        "scene": pa.array(keyframes.scene, pa.string()),
+        "ego": _fixed(ego, 3),
+        **{name: _lists(offsets, pa.array(column)) for name, column in values.items()},
+        **{name: _lists(rack_offsets, column) for name, column in placed.items()},
+    }
+
+
+def _placed(tables: Tables, rows: Rows) -> dict[str, pa.Array]:
+    """Where annotations are in the global frame, as they were written."""
+    widths = {"translation": 3, "size": 3, "rotation": 4}
+    return {
+        name: _fixed(tables.vectors("sample_annotation", name, width, rows), width) for name, width in widths.items()
+    }
+
+
+def _racks(tables: Tables) -> NDArray[np.bool_]:
+    """Whether an annotation is a bicycle rack."""
+    names = tables["category"]["name"].to_pylist()
+    return np.array([name == _RACK for name in names], dtype=bool)[_categories(tables)]
+
+
 def _labels(tables: Tables) -> Rows:
     """Class of every annotation, MISSING where its category is not part of the benchmark."""
     label_of = {category: CLASSES.index(name) for category, name in CATEGORY_TO_CLASS.items()}
     names = tables["category"]["name"].to_pylist()
-    category = np.array([label_of.get(name, MISSING) for name in names], dtype=np.int64)
-    instance = tables.look_up("instance", tables["sample_annotation"]["instance_token"])
-    return category[tables.look_up("category", tables["instance"]["category_token"])][instance]
+    return np.array([label_of.get(name, MISSING) for name in names], dtype=np.int64)[_categories(tables)]
+
+
+def _categories(tables: Tables) -> Rows:
+    """Row of category of every annotation."""
+    instance = tables.reference("sample_annotation", "instance_token", "instance")
+    return tables.reference("instance", "category_token", "category")[instance]
 
 
 def _velocities(tables: Tables, rows: Rows) -> Float64:
@@ -360,8 +418,10 @@ def _velocities(tables: Tables, rows: Rows) -> Float64:
     The centred difference between the neighbouring annotations of the object, or the one-sided one at the ends of its
     track, unless they are more than 1.5 s apart (3 s for the centred one).
     """
-    before = tables.look_up("sample_annotation", tables.column("sample_annotation", "prev", rows), empty=True)
-    after = tables.look_up("sample_annotation", tables.column("sample_annotation", "next", rows), empty=True)
+    before, after = (
+        tables.reference("sample_annotation", field, "sample_annotation", rows, empty=True)
+        for field in ("prev", "next")
+    )
     first, last = np.where(before == MISSING, rows, before), np.where(after == MISSING, rows, after)
     ends = [tables.vectors("sample_annotation", "translation", 3, end)[:, :2] for end in (first, last)]
     seconds = [1e-6 * _annotation_times(tables, end) for end in (first, last)]
@@ -372,7 +432,7 @@ def _velocities(tables: Tables, rows: Rows) -> Float64:
 
 
 def _annotation_times(tables: Tables, rows: Rows) -> Rows:
-    samples = tables.look_up("sample", tables.column("sample_annotation", "sample_token", rows))
+    samples = tables.reference("sample_annotation", "sample_token", "sample", rows)
     return tables.integers("sample", "timestamp", samples)
 
 
@@ -394,6 +454,13 @@ def _attributes(tables: Tables, rows: Rows) -> Rows:
     return first
 
 
+def _only_attributes(tables: Tables, rows: Rows) -> Rows:
+    """Positions [R] in ATTRIBUTES, 0 where an annotation has none; SEVERAL where the devkit refuses what it has."""
+    only = _attributes(tables, rows)
+    count = pc.list_value_length(tables.column("sample_annotation", "attribute_tokens", rows)).to_numpy()
+    return np.where((count > 1) | ((count == 1) & (only == 0)), SEVERAL, only)
+
+
 def _text(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
 
@@ -411,14 +478,14 @@ def _fixed(values: NDArray[Any] | pa.Array, size: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, size)
 
 
-def _write(out_dir: Path, columns: dict[str, pa.Array], metadata: dict[str, str]) -> None:
+def _write(path: Path, columns: dict[str, pa.Array], metadata: dict[str, str]) -> None:
     """One record batch, so that a row of any column is one look-up."""
     batch = pa.RecordBatch.from_pydict(columns, metadata=metadata)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    partial = out_dir / f".{FILE}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    partial.replace(out_dir / FILE)
+    partial.replace(path)
 
 
 def _summary(keyframes: _Keyframes, boxes: int, skipped: dict[str, dict[str, str]]) -> Summary:

@@ -14,9 +14,12 @@ import pyarrow.json as pj
 from numpy.typing import NDArray
 
 from base.errors import PipelineError
+from data.reading.flat_json import NotFlatError, find_records, mapped
 
 Rows = NDArray[np.int64]
 MISSING: Final = -1  # a row that does not exist
+
+_UNKNOWN: Final = -2  # a reference that nobody asked for
 
 _TEXT, _INTEGER, _NUMBERS = pa.string(), pa.int64(), pa.list_(pa.float64())
 SCHEMAS: Final[dict[str, dict[str, pa.DataType]]] = {
@@ -63,6 +66,7 @@ SCHEMAS: Final[dict[str, dict[str, pa.DataType]]] = {
     "visibility": {"token": _TEXT, "level": _TEXT},
 }
 _END_OF_RECORD: Final = re.compile(rb"\}\s*,(?=\s*\{\s*\"\w+\"\s*:)")
+_FEW: Final = 1 << 12  # bytes; only an array that is shorter can be empty
 _OPTIONAL: Final = {"height", "width", "visibility_token", "camera_intrinsic"}
 
 
@@ -85,11 +89,25 @@ class Tables:
         if absent:
             raise TableError(f"{self.folder} lacks the tables {', '.join(absent)}: unpack the metadata again.")
         self._tables: dict[str, pa.Table] = {}
+        self._references: dict[tuple[str, str], Rows] = {}
 
     def __getitem__(self, name: str) -> pa.Table:
         if name not in self._tables:
             self._tables[name] = _read_table(self.folder / f"{name}.json", SCHEMAS[name])
         return self._tables[name]
+
+    def reference(self, table: str, field: str, target: str, rows: Rows | None = None, *, empty: bool = False) -> Rows:
+        """Rows [R] of `target` that a field names, of all of a table or of some rows. Each is looked up once.
+
+        Raises:
+            TableError: see `look_up`.
+        """
+        known = self._references.setdefault((table, field), np.full(len(self[table]), _UNKNOWN))
+        wanted = known if rows is None else known[rows]
+        if (wanted == _UNKNOWN).any():
+            new = np.flatnonzero(known == _UNKNOWN) if rows is None else np.unique(rows[wanted == _UNKNOWN])
+            known[new] = self.look_up(target, self.column(table, field, new), empty=empty)
+        return known.copy() if rows is None else known[rows]
 
     def column(self, table: str, field: str, rows: Rows | None = None) -> pa.ChunkedArray:
         """One column, or its values at `rows`."""
@@ -135,32 +153,55 @@ class Tables:
 def _read_table(path: Path, fields: dict[str, pa.DataType]) -> pa.Table:
     """The named fields of a JSON array of flat records."""
     schema = pa.schema(list(fields.items()))
-    records = _one_record_after_another(path)
-    if not records.strip():
-        return schema.empty_table()
-    read = pj.ReadOptions(block_size=1 << 24)
-    parse = pj.ParseOptions(explicit_schema=schema, newlines_in_values=True, unexpected_field_behavior="ignore")
     try:
-        table = pj.read_json(pa.BufferReader(records), read_options=read, parse_options=parse)
-    except pa.ArrowInvalid as error:
-        raise TableError(f"{path} is not a nuScenes table: {error}") from error
+        content = mapped(path)
+    except ValueError:
+        raise TableError(f"{path} is empty: unpack the metadata again.") from None
+    begin, end = content.find(b"["), content.rfind(b"]")
+    if begin < 0 or end < begin or content[:begin].strip() or content[end + 1 :].strip():
+        raise TableError(f"{path} is not a whole JSON array, it may be truncated: unpack the metadata again.")
+    if end - begin < _FEW and not content[begin + 1 : end].strip():
+        return schema.empty_table()
+    try:
+        table = _fast(content, begin + 1, end, schema)
+    except (NotFlatError, pa.ArrowInvalid):
+        table = _plain(content, begin + 1, end, schema, path)
     for name in schema.names:
         if name not in _OPTIONAL and table[name].null_count:
             raise TableError(f"{path}: {table[name].null_count} of {len(table)} records have no {name!r}.")
-    return table.select(schema.names).combine_chunks()
+    return table
 
 
-def _one_record_after_another(path: Path) -> bytes:
-    """The records of a JSON array without brackets and commas between them, which is what Arrow's reader takes.
+def _fast(content: mmap.mmap, begin: int, end: int, schema: pa.Schema) -> pa.Table:
+    """The records between two positions of a file without braces in a text. Raises NotFlatError, ArrowInvalid."""
+    records = find_records(content, begin, end)
+    if not len(records.starts) or len(records.cuts):
+        raise NotFlatError
+    if content[begin : int(records.starts[0])].strip() or content[int(records.ends[-1]) + 1 : end].strip():
+        raise NotFlatError
+    return _joined(list(records.tables(schema)))
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """Tables behind each other, each column in one piece; the pieces of a column are let go of once it is whole."""
+    names = tables[0].column_names
+    pieces = {name: [chunk for table in tables for chunk in table[name].chunks] for name in names}
+    tables.clear()
+    return pa.table({name: pa.concat_arrays(pieces.pop(name)) for name in names})
+
+
+def _plain(content: mmap.mmap, begin: int, end: int, schema: pa.Schema, path: Path) -> pa.Table:
+    """The same of a file with braces in its texts.
 
     nuScenes records are flat, so a closing brace, a comma and the first key of a record end the one before. A text
     cannot hold that sequence: JSON escapes the quotes inside it.
     """
-    if path.stat().st_size == 0:
-        raise TableError(f"{path} is empty: unpack the metadata again.")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start, end = content.find(b"["), content.rfind(b"]")
-        if start < 0 or end < start or content[:start].strip() or content[end + 1 :].strip():
-            raise TableError(f"{path} is not a whole JSON array, it may be truncated: unpack the metadata again.")
-        with memoryview(content) as view:
-            return _END_OF_RECORD.sub(b"}\n", view[start + 1 : end])
+    with memoryview(content) as view:
+        records = _END_OF_RECORD.sub(b"}\n", view[begin:end])
+    parse = pj.ParseOptions(explicit_schema=schema, newlines_in_values=True, unexpected_field_behavior="ignore")
+    try:
+        read = pj.ReadOptions(block_size=len(records) + 1)
+        table = pj.read_json(pa.BufferReader(records), read_options=read, parse_options=parse)
+        return table.select(schema.names).combine_chunks()
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{path} is not a nuScenes table: {error}") from error

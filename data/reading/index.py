@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from base.errors import PipelineError
 from data.reading.geometry import Float64
 
-FORMAT: Final = "bev-distillery index 2"
+FORMAT: Final = "bev-distillery index 3"
 FILE: Final = "index.arrow"
 CAMERAS: Final = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR: Final = "LIDAR_TOP"
@@ -201,6 +201,10 @@ class Index:
         The devkit demands a prediction for each of them: evaluation submits an empty list.
         """
         return {token: reason for scene in self.scenes(split) for token, reason in self._skipped.get(scene, {}).items()}
+
+    def token(self, row: int) -> str:
+        """Sample token of a row."""
+        return self._scalar("token", row)
 
     def row(self, token: str) -> int:
         """Row number of a sample token.

@@ -9,12 +9,11 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from nuscenes.eval.common.config import config_factory
 
 from data.reading.classes import CLASSES
 from data.reading.geometry import Float64
 from data.reading.index import Index
-from data.scoring.metrics import CONFIG
+from data.scoring.evaluation import SETTINGS
 from data.scoring.submission import SampleDetections
 
 DISTANCE: Final = 2.0  # metres between centres, seen from above: where the devkit takes the errors of matched boxes
@@ -58,7 +57,7 @@ def confusion(detections: Mapping[str, SampleDetections], index: Index, split: s
     From the best score down, each prediction takes the nearest truth of its sample that is free, if it is nearer than
     DISTANCE. Both are counted inside their class's range, the truth where a LiDAR or RADAR point is inside.
     """
-    ranges = config_factory(CONFIG).class_range
+    ranges = SETTINGS["class_range"]
     reach = np.array([ranges[name] for name in CLASSES], dtype=np.float64)
     truth, found = [], []
     for token, row in zip(index.tokens(split), index.rows(split).tolist(), strict=True):

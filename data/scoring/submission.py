@@ -1,9 +1,9 @@
-"""Detections in LiDAR frames -> the JSON that the nuScenes devkit evaluates, and back."""
+"""Detections in LiDAR frames -> the JSON that the nuScenes devkit evaluates; data.scoring.submitted reads it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from base.errors import PipelineError
-from data.reading.boxes import global_from_lidar_boxes, lidar_boxes_from_global
+from data.reading.boxes import global_from_lidar_boxes
 from data.reading.classes import CLASSES, attributes_from_speed
 from data.reading.geometry import Float64
 from data.reading.index import Index
@@ -72,36 +72,6 @@ def build_submission(
 def write_submission(submission: dict[str, Any], path: Path) -> None:
     """Write a submission as JSON."""
     path.write_text(json.dumps(submission, allow_nan=False, separators=(",", ":")))
-
-
-def read_detections(path: Path, index: Index, rows: Iterable[int]) -> dict[str, SampleDetections]:
-    """What a submission says of some rows of the index: sample token -> detections as arrays, the best score first.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        SubmissionError: it is no submission, or lacks a sample.
-    """
-    try:
-        results = json.loads(path.read_text())["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SubmissionError(f"{path} is no submission: {error!r}.") from error
-    tokens = {index.sample(row).token: row for row in rows}
-    if missing := tokens.keys() - results.keys():
-        raise SubmissionError(f"{path} lacks {len(missing)} of {len(tokens)} samples, one is {min(missing)}.")
-    return {token: _detections(results[token], index.global_SE3_lidar(row)) for token, row in tokens.items()}
-
-
-def _detections(entries: Sequence[Mapping[str, Any]], global_SE3_lidar: Float64) -> SampleDetections:
-    """Entries of one sample in its LiDAR frame."""
-    sizes = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
-    translation, size, rotation, velocity = (
-        np.array([entry[key] for entry in entries], np.float64).reshape(-1, width) for key, width in sizes.items()
-    )
-    poses = np.broadcast_to(global_SE3_lidar, (len(entries), 4, 4))
-    labels = np.array([CLASSES.index(entry["detection_name"]) for entry in entries], np.int64)
-    scores = np.array([entry["detection_score"] for entry in entries], np.float64)
-    boxes = lidar_boxes_from_global(translation, size, rotation, velocity, poses)
-    return SampleDetections(boxes, scores, labels)
 
 
 def _results(token: str, detections: SampleDetections, global_SE3_lidar: Float64) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from results.report.segmenters import segmenters as segmenters_of
 from results.report.significance import numbers as test_numbers
 from results.report.significance import probability, significance
 from results.report.stores import augmentations, stored_taps
-from results.report.tables import comparison, difference, learning_notes, markdown, notes, number, plain
+from results.report.tables import comparison, computed_by, difference, learning_notes, markdown, notes, number, plain
 from results.report.tradeoff import SIZE, families, gains, tradeoff
 
 TEACHER_SLOTS = 5  # colours of the page's style sheet, given out in turn
@@ -77,6 +77,7 @@ def build(study: Study, published: Published, about: About, scenes: int = 3) -> 
         scene_count=len(scenes_of(study.baseline)),
         gains=[(metric, gains(study, costs, metric)) for metric in METRICS],
         notes=lines,
+        computed_by=computed_by(study),
         units=UNITS,
         profile=profile,
         profile_note=profile_note(profile, len(study.seeds)),

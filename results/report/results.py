@@ -15,7 +15,7 @@ ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
 HEADLINES = ("mAP", "NDS", *ERRORS)
 UNITS = {"mATE": "m", "mASE": "1 - IoU", "mAOE": "rad", "mAVE": "m/s", "mAAE": "1 - accuracy"}
 METRICS = (*HEADLINES, "mAP_present", "samples", "boxes", "parameters")  # DVC's metrics of a run
-EVALUATION = ("kind", "split", "classes", "scenes")  # the rest of its evaluation
+EVALUATION = ("kind", "split", "official", "classes", "scenes")  # the rest of its evaluation
 
 
 class ReportError(PipelineError):

@@ -74,8 +74,8 @@ def notes(study: Study, profile: str) -> list[str]:
     run = study.baseline.first
     lines = [
         f"Profile {profile}, seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}.",
-        f"nuScenes devkit, detection_cvpr_2019, split {run['split']}: keyframes {run['samples']}, "
-        f"boxes of truth {run['boxes']['truth']}.",
+        f"nuScenes metrics, detection_cvpr_2019, {computed_by(study)}, split {run['split']}: "
+        f"keyframes {run['samples']}, boxes of truth {run['boxes']['truth']}.",
     ]
     if len(study.seeds) == 1:
         lines.append("One seed, no interval: a difference between two rows is not evidence of a gain.")
@@ -90,6 +90,12 @@ def notes(study: Study, profile: str) -> list[str]:
             "`mAP present` is the mean over the other classes."
         )
     return lines
+
+
+def computed_by(study: Study) -> str:
+    """Whose code computed the official numbers."""
+    words = {"vectorised": "computed by this project", "devkit": "computed by the devkit"}
+    return " and ".join(sorted({words[run["official"]] for arm in study.arms for run in arm.runs.values()}))
 
 
 def _baselines(study: Study) -> str:

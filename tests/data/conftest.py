@@ -53,9 +53,10 @@ RADAR_DTYPE = np.dtype(
 
 
 class DatarootMaker:
-    """Writes the tables and blobs of SCENES under a root."""
+    """Writes the tables and blobs of some scenes under a root."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, scenes: dict[str, int] = SCENES) -> None:
+        self.scenes = scenes
         self.root, self.rng = root, np.random.default_rng(7)
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.count = 0
@@ -72,7 +73,7 @@ class DatarootMaker:
         self.categories = [self.add("category", name=name, description="x") for name in CATEGORIES]
         self.attributes = [self.add("attribute", name=name, description="") for name in ATTRIBUTES]
         self.sensors = {name: self.add("sensor", channel=name, modality="") for name in (LIDAR, *CAMERAS, *RADARS)}
-        for name, keyframes in SCENES.items():
+        for name, keyframes in self.scenes.items():
             self.scene(name, keyframes)
         cv2.imwrite(str(self.folder("maps") / "blank.png"), np.zeros((4, 4), np.uint8))
         logs = [record["token"] for record in self.tables["log"]]

@@ -13,7 +13,8 @@ from data.preparing.build import build_index
 from data.reading.classes import CLASSES
 from data.reading.index import Index
 from data.scoring.confusion import DISTANCE, confusion, draw
-from data.scoring.metrics import CONFIG, evaluate_submission, open_tables
+from data.scoring.devkit import evaluate_submission, open_tables
+from data.scoring.evaluation import CONFIG
 from data.scoring.submission import SampleDetections, build_submission, write_submission
 
 CAR, BUS = CLASSES.index("car"), CLASSES.index("bus")

@@ -117,7 +117,8 @@ def make_metrics(rng: np.random.Generator, kind: str, level: float, absent: tupl
     ]
     scenes.append({"scene": "scene-0009", "mAP": None, "boxes": 0, "samples": 4})
     return {
-        "kind": kind, "split": "val", "parameters": 1_650_000, "mAP": ap, "NDS": ap * 0.9, **errors,
+        "kind": kind, "split": "val", "official": "vectorised", "parameters": 1_650_000,
+        "mAP": ap, "NDS": ap * 0.9, **errors,
         "mAP_present": ap * 10 / (10 - len(absent)), "samples": 96, "classes": classes,
         "boxes": {"truth": 40 * (10 - len(absent)), "predicted": 550}, "scenes": scenes,
     }  # fmt: skip
@@ -933,7 +934,11 @@ def test_weights_that_nobody_searched_are_said_to_be_so(tmp_path: Path) -> None:
         ("metrics/xfd-1.json", "{", "is not JSON"),
         ("metrics/xfd-1.json", "{}", "lacks mAP, NDS"),
         ("evaluations/xfd-1/evaluation.json", None, "is missing: run `dvc repro evaluate@xfd-1`"),
-        ("evaluations/baseline-0/evaluation.json", "{}", "lacks kind, split, classes, scenes: it is of another"),
+        (
+            "evaluations/baseline-0/evaluation.json",
+            "{}",
+            "lacks kind, split, official, classes, scenes: it is of another",
+        ),
         ("evaluations/xfd-0/pictures.json", None, "is missing: run `dvc repro evaluate@xfd-0`"),
         ("evaluations/xfd-0/00-bev.png", None, "is missing"),
         ("evaluations/lidar/metrics_details.json", None, "run `dvc repro evaluate_teacher@lidar`"),

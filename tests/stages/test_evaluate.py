@@ -27,14 +27,8 @@ from data.city.config import CityConfig
 from data.city.generate import generate
 from data.preparing.build import build_index
 from data.reading.dataset import NuScenesDataset
-from data.scoring.metrics import (
-    MetricsError,
-    evaluate_submission,
-    open_tables,
-    split_tokens,
-    summary,
-    write_devkit_files,
-)
+from data.scoring.devkit import evaluate_submission, open_tables, split_tokens
+from data.scoring.evaluation import MetricsError, summary, write_devkit_files
 from data.scoring.submission import SampleDetections, build_submission, write_submission
 from models.detectors.build import build_detector
 from results.report.results import METRICS
@@ -342,9 +336,32 @@ def test_evaluation_needs_predictions_of_its_split(project: Path, params: Params
         evaluate.run(context_of(project, other, "evaluate_teacher", "lidar"))
 
 
-def test_evaluation_brings_no_torch() -> None:
+def test_the_devkit_is_asked_where_params_say_so(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the same numbers, and the evaluation says whose they are."""
+    predict.run(context_of(project, params, "predict_teacher", "lidar"))
+    found = []
+    for official in ("vectorised", "devkit"):
+        settings = params.evaluate.model_copy(update={"official": official})
+        there = params.model_copy(update={"evaluate": settings})
+        with monkeypatch.context() as patch:
+            if official == "devkit":
+                patch.setattr(evaluate, "evaluate_submission", None)
+            evaluate.run(context_of(project, there, "evaluate_teacher", "lidar"))
+        folder = project / "outputs/evaluations/lidar"
+        content = json.loads((folder / "evaluation.json").read_text())
+        assert content.pop("official") == official
+        found.append(
+            (content, (project / "reports/metrics/lidar.json").read_bytes(), (folder / "curves.png").read_bytes())
+        )
+    assert found[0] == found[1]
+
+
+def test_evaluation_brings_neither_torch_nor_the_devkit() -> None:
     names = ("evaluate", "evaluate_segmenter", "film")
-    script = f"import sys; from stages import {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    heavy = "{'torch', 'nuscenes', 'sklearn'}"
+    script = f"import sys; from stages import {', '.join(names)}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 

@@ -19,8 +19,10 @@ from config.params import Params
 from data.drawing.pictures import Boxes, draw_columns, load_view, save_film
 from data.preparing.build import build_index
 from data.reading.index import Index
-from data.scoring.metrics import evaluate_submission, open_tables, summary
-from data.scoring.submission import SampleDetections, build_submission, read_detections, write_submission
+from data.scoring.evaluation import summary
+from data.scoring.nuscenes import evaluate_submission
+from data.scoring.submission import SampleDetections, build_submission, write_submission
+from data.scoring.submitted import detections_of, read_submission
 from results.report.film import read_film
 from results.report.lineage import results
 from results.report.results import METRICS, ReportError
@@ -69,15 +71,15 @@ def evaluated(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("film")
     index = build(root, city)
     (root / "reports/metrics").mkdir(parents=True)
-    nusc = open_tables(city, VERSION)
     for key, noise in NOISE.items():
         path = root / f"outputs/predictions/{key}/results_nusc.json"
         path.parent.mkdir(parents=True)
         write_submission(build_submission(moved_truth(index, noise), index, "val", {"camera"}), path)
-        scores = summary(evaluate_submission(nusc, path, "val"))
+        scores = summary(evaluate_submission(index, read_submission(path), "val"))
         metrics = {"parameters": 1, **{name: scores[name] for name in METRICS if name in scores}}
         (root / f"reports/metrics/{key}.json").write_text(json.dumps(metrics))
-        evaluation = {"kind": "student", "split": "val", "classes": scores["classes"], "scenes": scores["scenes"]}
+        evaluation = {"kind": "student", "split": "val", "official": "vectorised", "classes": scores["classes"]}
+        evaluation |= {"scenes": scores["scenes"]}
         rest = root / f"outputs/evaluations/{key}/evaluation.json"
         rest.parent.mkdir(parents=True)
         rest.write_text(json.dumps(evaluation))
@@ -143,7 +145,7 @@ def test_equal_predictions_are_equal_bytes(project: Path, city: Path) -> None:
 def test_boxes_come_back_into_the_frame_that_they_left(evaluated: Path) -> None:
     index = Index.open(evaluated / "outputs/index")
     rows = index.rows("val").tolist()
-    seen = read_detections(evaluated / "outputs/predictions/lidar/results_nusc.json", index, rows)
+    seen = detections_of(read_submission(evaluated / "outputs/predictions/lidar/results_nusc.json"), index, rows)
     for row in rows:
         truth, token = index.annotations(row), index.sample(row).token
         found = film.drawable(seen[token], 0.0)

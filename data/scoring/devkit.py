@@ -1,7 +1,6 @@
-"""The nuScenes detection metrics, computed by the devkit's own DetectionEval.
+"""The nuScenes detection metrics, computed by the devkit's own DetectionEval: `evaluate.official: devkit`.
 
-The devkit's numbers are the official ones. Beside them stands the mean over the classes that the truth has: the devkit
-gives a class without truth an AP of 0 and errors of 1, which says nothing about the model on a small set.
+It reads all tables of the dataroot and makes an object of every box. data.scoring.nuscenes gives equal numbers without.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,24 +18,13 @@ from nuscenes import NuScenes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.detection.algo import accumulate, calc_ap
-from nuscenes.eval.detection.data_classes import DetectionMetricDataList, DetectionMetrics
 from nuscenes.eval.detection.evaluate import DetectionEval
 from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.utils.splits import get_scenes_of_split
 
-from base.errors import PipelineError
 from data.reading.classes import CLASSES
 from data.reading.index import devkit_split, scenes_of_split
-
-CONFIG: Final = "detection_cvpr_2019"
-MEAN_ERRORS: Final = {
-    "mATE": "trans_err",
-    "mASE": "scale_err",
-    "mAOE": "orient_err",
-    "mAVE": "vel_err",
-    "mAAE": "attr_err",
-}
-DIGITS: Final = 6
+from data.scoring.evaluation import CONFIG, Evaluation, MetricsError, SceneScore, check_tokens, no_truth
 
 _FAR_BOX: Final = {
     "translation": [1.0e6, 1.0e6, 0.0],
@@ -49,36 +35,6 @@ _FAR_BOX: Final = {
     "detection_score": 0.0,
     "attribute_name": "",
 }
-
-
-class MetricsError(PipelineError):
-    """A submission, split or dataroot that cannot be evaluated; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class SceneScore:
-    """One scene by itself: mean over the classes that it has, None where it has none, and over the match distances."""
-
-    scene: str
-    mean_ap: float | None
-    boxes: int  # of truth that the devkit kept
-    samples: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the devkit computed for one submission.
-
-    `truth` and `predicted` count the boxes per class that the devkit kept: inside the class's range, for the truth
-    also with a LiDAR or RADAR point inside, and bicycles and motorcycles outside bicycle racks.
-    """
-
-    metrics: DetectionMetrics
-    details: DetectionMetricDataList
-    truth: dict[str, int]
-    predicted: dict[str, int]
-    samples: int
-    scenes: list[SceneScore]  # in order of name
 
 
 def open_tables(dataroot: Path, version: str) -> NuScenes:
@@ -124,7 +80,7 @@ def evaluate_submission(nusc: NuScenes, submission: Path, split: str) -> Evaluat
     """
     content = json.loads(submission.read_text())
     tokens = split_tokens(nusc, split)
-    _check_tokens(content["results"], tokens, split)
+    check_tokens(content["results"], tokens, split)
     _check_truth(nusc, tokens, split)
     if not any(content["results"].values()):
         content["results"][tokens[0]] = [{"sample_token": tokens[0], **_FAR_BOX}]
@@ -154,9 +110,11 @@ def _run_devkit(nusc: NuScenes, path: Path, split: str, tokens: list[str]) -> Ev
     except (AssertionError, ValueError) as error:
         raise MetricsError(f"the devkit refuses the submission for split {split!r}: {error}") from error
     metrics, details = devkit.evaluate()
+    content = metrics.serialize()
+    del content["eval_time"]
     return Evaluation(
-        metrics,
-        details,
+        content,
+        details.serialize(),
         _count(devkit.gt_boxes.all),
         _count(devkit.pred_boxes.all),
         len(devkit.sample_tokens),
@@ -167,7 +125,7 @@ def _run_devkit(nusc: NuScenes, path: Path, split: str, tokens: list[str]) -> Ev
 def _scene_scores(nusc: NuScenes, devkit: DetectionEval) -> list[SceneScore]:
     """The devkit's AP on the boxes of each scene alone."""
     tokens: dict[str, list[str]] = {}
-    for token in devkit.sample_tokens:
+    for token in devkit.pred_boxes.sample_tokens:
         scene = nusc.get("scene", nusc.get("sample", token)["scene_token"])["name"]
         tokens.setdefault(scene, []).append(token)
     return [_scene_score(devkit, scene, tokens[scene]) for scene in sorted(tokens)]
@@ -192,98 +150,13 @@ def _boxes_of(boxes: EvalBoxes, tokens: Sequence[str]) -> EvalBoxes:
     return some
 
 
-def _check_tokens(results: dict[str, Any], tokens: list[str], split: str) -> None:
-    missing, foreign = sorted(set(tokens) - set(results)), sorted(set(results) - set(tokens))
-    if missing or foreign:
-        example = f"first missing {missing[0]}" if missing else f"first foreign {foreign[0]}"
-        raise MetricsError(
-            f"the submission does not fit split {split!r} of {len(tokens)} keyframes: {len(missing)} missing, "
-            f"{len(foreign)} of other splits; {example}. "
-            "Every keyframe needs an entry, an empty list where nothing was found"
-        )
-
-
 def _check_truth(nusc: NuScenes, tokens: list[str], split: str) -> None:
     annotations = (token for sample in tokens for token in nusc.get("sample", sample)["anns"])
     categories = (nusc.get("sample_annotation", token)["category_name"] for token in annotations)
     if not any(category_to_detection_name(name) for name in categories):
-        raise MetricsError(
-            f"split {split!r} has no annotated box of a detection class: there is nothing to score against"
-        )
+        raise no_truth(split)
 
 
 def _count(boxes: Iterable[Any]) -> dict[str, int]:
     counts = Counter(box.detection_name for box in boxes)
     return {name: counts[name] for name in CLASSES}
-
-
-def summary(evaluation: Evaluation) -> dict[str, Any]:
-    """The metrics as plain numbers, rounded to six digits; None where a metric is not defined.
-
-    Keys: mAP, NDS, mATE (m), mASE (1 - IoU), mAOE (rad), mAVE (m/s), mAAE (1 - accuracy), as the devkit averages them;
-    the same with `_present`, over the classes that have truth; `classes`: name -> AP, AP at each distance, the five
-    errors, numbers of truth and predicted boxes; `samples`; `boxes`: their totals; `scenes`: a list with each scene's
-    name, mAP over the classes that it has truth of, boxes of truth and samples.
-    """
-    metrics = evaluation.metrics
-    present = [name for name in CLASSES if evaluation.truth[name]]
-    aps = metrics.mean_dist_aps
-    errors = {name: _mean(metrics.get_label_tp(c, key) for c in present) for name, key in MEAN_ERRORS.items()}
-    return {
-        "mAP": _number(metrics.mean_ap),
-        "NDS": _number(metrics.nd_score),
-        **{name: _number(metrics.tp_errors[key]) for name, key in MEAN_ERRORS.items()},
-        "mAP_present": _mean(aps[name] for name in present),
-        **{f"{name}_present": value for name, value in errors.items()},
-        "samples": evaluation.samples,
-        "boxes": {"truth": sum(evaluation.truth.values()), "predicted": sum(evaluation.predicted.values())},
-        "classes": {name: _class_summary(evaluation, name) for name in CLASSES},
-        "scenes": [_scene_summary(score) for score in evaluation.scenes],
-    }
-
-
-def _class_summary(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    metrics = evaluation.metrics
-    return {
-        "AP": _number(metrics.mean_dist_aps[name]),
-        **{f"AP@{distance}": _number(metrics.get_label_ap(name, distance)) for distance in metrics.cfg.dist_ths},
-        **{error[1:]: _number(metrics.get_label_tp(name, key)) for error, key in MEAN_ERRORS.items()},
-        "truth": evaluation.truth[name],
-        "predicted": evaluation.predicted[name],
-    }
-
-
-def _scene_summary(score: SceneScore) -> dict[str, Any]:
-    mean_ap = None if score.mean_ap is None else _number(score.mean_ap)
-    return {"scene": score.scene, "mAP": mean_ap, "boxes": score.boxes, "samples": score.samples}
-
-
-def _number(value: float) -> float | None:
-    return round(float(value), DIGITS) if math.isfinite(value) else None
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = [float(value) for value in values if math.isfinite(value)]
-    return _number(sum(known) / len(known)) if known else None
-
-
-def write_devkit_files(evaluation: Evaluation, folder: Path) -> None:
-    """The devkit's metrics_summary.json (without its run time, so that equal results are equal bytes) and
-    metrics_details.json (recall, precision, confidence and errors per class and distance; NaN as null).
-    """
-    content = evaluation.metrics.serialize()
-    del content["eval_time"]
-    _write(folder / "metrics_summary.json", content, indent=2)
-    _write(folder / "metrics_details.json", evaluation.details.serialize(), indent=None)
-
-
-def _write(path: Path, content: Any, indent: int | None) -> None:
-    path.write_text(json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
