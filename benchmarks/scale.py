@@ -135,10 +135,11 @@ def row(name: str, measured: Measured, note: str = "") -> None:
 class Trainval:
     """A dataroot of the size of trainval, or of its first scenes."""
 
-    def __init__(self, root: Path, scenes: int) -> None:
+    def __init__(self, root: Path, scenes: int, blobs: dict[str, bytes] | None = None) -> None:
         splits = official_splits()
         val = max(scenes * len(splits["val"]) // 850, 1)
         self.root, self.folder = root, root / VERSION
+        self.blobs = blobs or {"jpg": b"\xff\xd8" + bytes(100) + b"\xff\xd9", "pcd.bin": bytes(20)}
         self.names = [*splits["train"][: scenes - val], *splits["val"][:val]]
         self.rng = np.random.default_rng(0)
         self.folder.mkdir(parents=True)
@@ -257,8 +258,8 @@ class Trainval:
                 (self.root / folder / channel).mkdir(parents=True)
         (self.root / "maps").mkdir()
         (self.root / "maps/map.png").write_bytes(b"")
-        (self.root / "blob.jpg").write_bytes(b"\xff\xd8" + bytes(100) + b"\xff\xd9")
-        (self.root / "blob.pcd.bin").write_bytes(bytes(20))
+        for suffix, content in self.blobs.items():
+            (self.root / f"blob.{suffix}").write_bytes(content)
 
         def link(n: int) -> None:
             start = 1_532_402_900_000_000 + n * 30_000_000

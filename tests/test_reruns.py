@@ -1,7 +1,7 @@
 """docs/reruns.md says truly what an edit makes run again.
 
 Nothing is computed: DVC runs a stage again when the hash of a dependency has changed, so what an edit reaches follows
-from dvc.yaml alone.
+from dvc.yaml alone. That DVC's hashes do change so is seen with an edit of a file of every row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from dvc.repo import Repo
 
 from base.environment import ROOMS
 
@@ -68,15 +69,18 @@ def reads(stage: str, other: str) -> bool:
     return any(overlap(dep, out) for dep in deps if dep != "outputs/*" for out in outs(other))
 
 
-def runs(file: str) -> set[str]:
+def runs(file: str) -> frozenset[str]:
     """The stages that run again after an edit of a file."""
-    return {name for name, stage in STAGES.items() if any(f"{file}/".startswith(f"{dep}/") for dep in stage["deps"])}
+    return frozenset(
+        name for name, stage in STAGES.items() if any(f"{file}/".startswith(f"{dep}/") for dep in stage["deps"])
+    )
 
 
-def follow(stages: set[str]) -> set[str]:
+@cache
+def follow(stages: frozenset[str]) -> set[str]:
     """The stages behind them: they run again if what those made has changed."""
     found: set[str] = set()
-    frontier = set(stages)
+    frontier: set[str] = {*stages}
     while frontier:
         frontier = {stage for stage in STAGES if any(reads(stage, other) for other in frontier)} - found
         found |= frontier
@@ -106,6 +110,7 @@ def row_of(file: str) -> str | None:
     return max((path for path in table() if f"{file}/".startswith(f"{path}/")), key=len, default=None)
 
 
+PARAMETERS = [f"params/{name}.yaml" for name in ("detectors", "segmenters", "stores")]
 FILES = [
     file
     for file in subprocess.run(
@@ -129,6 +134,39 @@ def test_every_edit_makes_run_again_what_the_table_says() -> None:
         said[file] = table()[str(row_of(file))]
         found[file] = (runs(file), follow(runs(file)))
     assert found == said
+
+
+def test_dvc_hashes_say_the_same(tmp_path: Path) -> None:
+    """A file of every row is edited, and put back; DVC takes the hashes of all code that stages depend on."""
+    for file in [*FILES, "dvc.yaml", "params.yaml", *PARAMETERS]:
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / file).read_bytes())
+    repo = Repo.init(str(tmp_path), no_scm=True)
+    stages: dict[str, set[str]] = {}
+    dependencies = {}
+    for stage in repo.index.stages:
+        for dependency in stage.deps:
+            path = Path(dependency.fs_path)
+            if path.exists():  # not what other stages make
+                stages.setdefault(stage.name.split("@")[0], set()).add(str(path))
+                dependencies[str(path)] = dependency
+
+    def hashes() -> dict[str, str]:
+        return {path: dependency.get_hash().value for path, dependency in dependencies.items()}
+
+    before = hashes()
+    rows = {row_of(file): file for file in FILES}
+    found = {}
+    for file in rows.values():
+        path, content = tmp_path / file, (tmp_path / file).read_bytes()
+        path.write_bytes(content + b"\n# an edit\n")
+        after = hashes()
+        changed = {dependency for dependency in before if before[dependency] != after[dependency]}
+        found[file] = {name for name, paths in stages.items() if paths & changed}
+        path.write_bytes(content)
+    assert found == {file: runs(file) & stages.keys() for file in rows.values()}
+    assert hashes() == before
 
 
 def test_a_loss_and_a_metric() -> None:

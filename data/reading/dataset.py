@@ -138,7 +138,8 @@ class NuScenesDataset(Dataset[Sample]):
             for n, file in enumerate(cameras.files):
                 raw_size = (int(cameras.sizes[n, 0]), int(cameras.sizes[n, 1]))
                 bgr = load_image(self.dataroot / file, frame.token, raw_size, image_aug[n], size)
-                images[t, n] = bgr[..., ::-1].transpose(2, 0, 1)
+                for channel in range(3):
+                    cv2.extractChannel(bgr, 2 - channel, images[t, n, channel])
         return torch.from_numpy(images)
 
     def _lidar(
@@ -183,8 +184,8 @@ class NuScenesDataset(Dataset[Sample]):
 
     def _in_grid(self, points: NDArray[np.float32]) -> NDArray[np.bool_]:
         low, high = self.grid.z
-        inside = (np.abs(points[:, :2]) < self.grid.range).all(axis=1)
-        return inside & (points[:, 2] > low) & (points[:, 2] < high)
+        x, y, z = points[:, :3].T
+        return (np.abs(x) < self.grid.range) & (np.abs(y) < self.grid.range) & (z > low) & (z < high)
 
 
 def _tensor(array: Float64) -> Tensor:
