@@ -97,7 +97,7 @@ def _put_together(path: Path, tokens: list[str], counts: Int64, tables: Iterable
     boxes, scores, first = [], [np.zeros(0)], 0
     sample = np.repeat(np.arange(len(tokens)), counts)
     for table in tables:
-        part, part_scores = _arrays(table, sample[first : first + len(table)], tokens, path)
+        part, part_scores = _arrays(table, sample, first, tokens, path)
         boxes.append(part)
         scores.append(part_scores)
         first += len(table)
@@ -162,22 +162,23 @@ def _plain(path: Path) -> tuple[list[str], Int64, list[pa.Table]]:
         )
     except FileNotFoundError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, ValueError) as error:
         raise SubmissionError(f"{path} is no submission: {error!r}.") from error
     return list(lists), np.array([len(records) for records in lists.values()], dtype=np.int64), [table.combine_chunks()]
 
 
-def _arrays(table: pa.Table, sample: Int64, tokens: list[str], path: Path) -> tuple[GlobalBoxes, Float64]:
-    """Boxes and scores of records; `sample` are their keyframes."""
+def _arrays(table: pa.Table, samples: Int64, first: int, tokens: list[str], path: Path) -> tuple[GlobalBoxes, Float64]:
+    """Boxes and scores of some records, from record `first` of the file on; `samples` are the keyframes of all."""
+    sample = samples[first : first + len(table)]
 
     def refuse(wrong: NDArray[np.bool_] | pa.ChunkedArray, what: str) -> None:
         where = np.flatnonzero(np.asarray(wrong))
         if len(where):
-            first = int(where[0])
-            at = first - int(np.searchsorted(sample, sample[first]))
+            own = sample[where[0]]
+            at = first + int(where[0]) - int(np.searchsorted(samples, own))
             raise SubmissionError(
-                f"{path}: box {at} of sample {tokens[sample[first]]} {what} ({len(where)} such boxes in this part of "
-                "the file). Every box needs what the nuScenes submission format says."
+                f"{path}: box {at} of sample {tokens[own]} {what} ({len(where)} such boxes in this part of the file). "
+                "Every box needs what the nuScenes submission format says."
             )
 
     for name in _SCHEMA.names:

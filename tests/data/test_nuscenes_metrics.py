@@ -371,12 +371,25 @@ def test_what_the_devkit_refuses_is_refused(stage: Stage, tmp_path: Path) -> Non
     refused(SubmissionError, "is no submission", {**whole, first: [1.0]})
     flat = {token: [entry | {"size": [0.0, 1.0, 1.0]} for entry in boxes] for token, boxes in whole.items()}
     refused(MetricsError, "a matched box has a size of 0", flat)
-    for text in ("", "{}", "[]", '{"results": []}', '{"results": {"a": [', "no"):
+    deep, huge = "[" * 100_000, '{"results": {"a": [{"sample_token": "a", "num_pts": 1%s}]}}' % ("0" * 400)
+    for text in ("", "{}", "[]", '{"results": []}', '{"results": {"a": [', "no", "\xff", deep, huge):
         path.write_text(text)
         with pytest.raises(SubmissionError, match="is no submission"):
             nuscenes.evaluate_submission(index, read_submission(path), SPLIT)
     with pytest.raises(FileNotFoundError):
         nuscenes.evaluate_submission(index, read_submission(tmp_path / "nowhere.json"), SPLIT)
+
+
+def test_the_box_that_is_wrong_is_named_wherever_a_block_ends(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_json, "BLOCK", 300)
+    content, path = stage.submission(RULED[1], tmp_path / "results.json"), tmp_path / "results.json"
+    token, boxes = max(content["results"].items(), key=lambda entry: len(entry[1]))
+    boxes[-1]["detection_name"] = "tram"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SubmissionError, match=f"box {len(boxes) - 1} of sample {token} has an unknown detection_name"):
+        read_submission(path)
 
 
 def test_truth_that_the_devkit_refuses_is_refused(stage: Stage, tmp_path: Path) -> None:
