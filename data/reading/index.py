@@ -68,6 +68,26 @@ def scenes_of_split(split: str, names: Iterable[str]) -> list[str]:
     return ordered[part]
 
 
+def open_batch(path: Path, expected: str, what: str) -> tuple[pa.RecordBatch, dict[str, str]]:
+    """The mapped rows of a file that `prepare` wrote, and its metadata, whose `format` must be the expected one.
+
+    Raises:
+        IndexFormatError: there is none, or it is of another format; `what` names it.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except FileNotFoundError:
+        raise IndexFormatError(f"there is no {what} at {path}: run the stage `prepare`.") from None
+    except pa.ArrowInvalid as error:
+        raise IndexFormatError(f"{path} is not a whole {what} ({error}): run the stage `prepare` again.") from error
+    metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+    if (found := metadata.get("format")) != expected:
+        raise IndexFormatError(
+            f"{path} has format {found!r}, this code reads {expected!r}: run the stage `prepare` again."
+        )
+    return reader.get_batch(0), metadata
+
+
 @dataclass(frozen=True)
 class Cameras:
     """The six images of a keyframe, in the order of CAMERAS."""
@@ -134,22 +154,10 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        except FileNotFoundError:
-            raise IndexFormatError(f"there is no index at {path}: run the stage `prepare`.") from None
-        except pa.ArrowInvalid as error:
-            raise IndexFormatError(f"{path} is not a whole index ({error}): run the stage `prepare` again.") from error
-        metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
-        if metadata.get("format") != FORMAT:
-            raise IndexFormatError(
-                f"{path} has format {metadata.get('format')!r}, this code reads {FORMAT!r}: "
-                "run the stage `prepare` again."
-            )
+        batch, metadata = open_batch(path, FORMAT, "index")
         self.version: str = metadata["version"]
         self._scenes: dict[str, list[str]] = json.loads(metadata["scenes"])  # of each of the devkit's splits
         self._skipped: dict[str, dict[str, str]] = json.loads(metadata["skipped"])  # scene -> sample token -> reason
-        batch = reader.get_batch(0)
         self._columns: dict[str, Any] = dict(zip(batch.schema.names, batch.columns, strict=True))
 
     @classmethod

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data.reading.geometry import Float64
-from data.reading.index import IndexFormatError
+from data.reading.index import open_batch
 
 TRUTH_FORMAT: Final = "bev-distillery truth 1"
 TRUTH_FILE: Final = "truth.arrow"
@@ -77,19 +77,7 @@ def read_truth(folder: Path, scenes: Iterable[str]) -> Truth:
     Raises:
         IndexFormatError: there is none, or it is of another format.
     """
-    path = folder / TRUTH_FILE
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    except FileNotFoundError:
-        raise IndexFormatError(f"there is no truth at {path}: run the stage `prepare` again.") from None
-    except pa.ArrowInvalid as error:
-        raise IndexFormatError(f"{path} is not a whole table ({error}): run the stage `prepare` again.") from error
-    found = (reader.schema.metadata or {}).get(b"format", b"").decode()
-    if found != TRUTH_FORMAT:
-        raise IndexFormatError(
-            f"{path} has format {found!r}, this code reads {TRUTH_FORMAT!r}: run the stage `prepare` again."
-        )
-    batch = reader.get_batch(0)
+    batch, _ = open_batch(folder / TRUTH_FILE, TRUTH_FORMAT, "truth")
     rows = np.flatnonzero(pc.is_in(batch["scene"], value_set=pa.array([*scenes], pa.string())))
     taken = batch.take(pa.array(rows))
     boxes = GlobalBoxes(

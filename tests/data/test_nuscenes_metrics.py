@@ -516,8 +516,8 @@ def test_a_missing_or_foreign_truth_is_named(stage: Stage, tmp_path: Path) -> No
     with pytest.raises(IndexFormatError, match=r"truth\.arrow has format 'bev-distillery index 3'.*prepare"):
         read_truth(tmp_path, ["scene-0103"])
     (tmp_path / TRUTH_FILE).write_bytes(b"truncated")
-    with pytest.raises(IndexFormatError, match=r"truth\.arrow is not a whole table"):
+    with pytest.raises(IndexFormatError, match=r"truth\.arrow is not a whole truth"):
         read_truth(tmp_path, ["scene-0103"])
     (tmp_path / TRUTH_FILE).unlink()
-    with pytest.raises(IndexFormatError, match=r"no truth at .*truth\.arrow: run the stage `prepare` again"):
+    with pytest.raises(IndexFormatError, match=r"no truth at .*truth\.arrow: run the stage `prepare`"):
         read_truth(tmp_path, ["scene-0103"])
