@@ -12,6 +12,7 @@ metrics is measured on a part of the validation split, as all of it would take a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -164,8 +165,6 @@ class Trainval:
         self._blobs()
 
     def _small_tables(self) -> None:
-        import json
-
         scenes = [
             {"token": f"scene-{n}", "log_token": "log", "nbr_samples": KEYFRAMES, "name": name, "description": "",
              "first_sample_token": token("s", n, 0), "last_sample_token": token("s", n, KEYFRAMES - 1)}
@@ -351,7 +350,7 @@ def run(folder: Path, scenes: int, trees: dict[str, Path], with_devkit: bool) ->
     row("opening the index", opened, f"{opened.output} ms of it")
     workers = measure(WORKERS, indices["here"])
     row("eight workers of a loader", workers, f"{workers.output} MB private to one for a thousand records")
-    for part, note in _parts(scenes):
+    for part, compared in _parts(scenes):
         path = folder / "results.json"
         boxes = submission(Index.open(indices["here"]), part, path)
         ours = measure(METRICS, indices["here"], path, part)
@@ -360,7 +359,7 @@ def run(folder: Path, scenes: int, trees: dict[str, Path], with_devkit: bool) ->
             ours,
             f"{boxes:,} boxes, {path.stat().st_size / 1e6:.0f} MB; mAP and NDS {ours.output}",
         )
-        if with_devkit and note:
+        if with_devkit and compared:
             theirs = measure(DEVKIT, dataroot, path, part)
             row(f"the devkit's of {part}", theirs, f"mAP and NDS {theirs.output}; its tables are in it")
             row("the devkit's tables alone", measure(DEVKIT, dataroot))

@@ -323,7 +323,8 @@ def _sweep_columns(tables: Tables, sensor: str, rows: Rows) -> dict[str, pa.Arra
 
 def _annotation_columns(tables: Tables, samples: Rows, global_SE3_lidar: Float64) -> dict[str, pa.Array]:
     """Columns of the boxes of the ten classes, in the LiDAR frame of their keyframe."""
-    rows, keyframe, offsets = _annotations_of(tables, samples, _labels(tables) != MISSING)
+    labels = _labels(tables)
+    rows, keyframe, offsets = _annotations_of(tables, samples, labels != MISSING)
     boxes = lidar_boxes_from_global(
         tables.vectors("sample_annotation", "translation", 3, rows),
         tables.vectors("sample_annotation", "size", 3, rows),
@@ -333,7 +334,7 @@ def _annotation_columns(tables: Tables, samples: Rows, global_SE3_lidar: Float64
     )
     values: dict[str, Any] = {
         "box": _fixed(boxes, 9),
-        "label": _labels(tables)[rows],
+        "label": labels[rows],
         "box_token": _text(tables.column("sample_annotation", "token", rows)),
         "num_lidar_points": tables.integers("sample_annotation", "num_lidar_pts", rows),
         "num_radar_points": tables.integers("sample_annotation", "num_radar_pts", rows),
