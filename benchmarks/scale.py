@@ -1,12 +1,14 @@
 """What takes how long at the size of nuScenes trainval: 850 scenes, 34,000 keyframes, 2.7 M records, 1.2 M boxes.
 
-python benchmarks/scale.py                      (needs 6 GB of disk; in under 15 minutes on two cores)
-python benchmarks/scale.py --against COMMIT     (`prepare` and the metrics beside those of another commit)
-python benchmarks/scale.py --scenes 85 --no-devkit
+python benchmarks/scale.py                      (needs 27 GB of disk; in under 15 minutes on two cores)
+python benchmarks/scale.py --against COMMIT     (`prepare` beside that of another commit)
+python benchmarks/scale.py --scenes 85 --store 2 --no-devkit
 
 The tables are made here, with numbers at random; sensor files are links to one file per kind. Every measured step is a
 process of its own: seconds on the clock, seconds of CPU, and the most memory that it held. The devkit's side of the
-metrics is measured on a part of the validation split, as all of it would take a quarter of an hour and 12 GB.
+metrics is measured on a part of the validation split, as all of it would take a quarter of an hour and 12 GB. What
+follows an index is measured on a study of 40 arms (`benchmarks/large_study.py`), and once more on a quarter of them,
+beside which what grows faster than the study would be seen.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
+import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.environment import cores
+from benchmarks import large_study
 from benchmarks.start import checked_out
 from data.preparing.splits import official_splits
 from data.reading.classes import CATEGORY_TO_CLASS, CLASSES
@@ -40,8 +45,10 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 VERSION: Final = "v1.0-trainval"
 KEYFRAMES: Final = 40  # of a scene, at 2 Hz
 BOXES: Final = 36  # of a keyframe
+POINTS: Final = 34_720  # of a sweep
 FOUND: Final = 200  # boxes of a keyframe in the submission
 PER_KEYFRAME: Final = {LIDAR: 10, **dict.fromkeys(CAMERAS, 6), **dict.fromkeys(RADARS, 6.5)}  # records
+LARGE: Final = ("sample", "sample_data", "ego_pose", "sample_annotation", "instance")  # tables
 SUFFIX: Final = {"L": "pcd.bin", "C": "jpg", "R": "pcd"}
 CATEGORIES: Final = [*CATEGORY_TO_CLASS, "static_object.bicycle_rack", "animal"]
 PREPARE: Final = (
@@ -59,14 +66,15 @@ scores = summary(evaluate_submission(Index.open(sys.argv[1]), read_submission(Pa
 print(scores["mAP"], scores["NDS"])
 """
 DEVKIT: Final = """
-import sys
+import sys, time
 from pathlib import Path
 from data.scoring.devkit import evaluate_submission, open_tables
 from data.scoring.evaluation import summary
+began = time.process_time()
 tables = open_tables(Path(sys.argv[1]), "v1.0-trainval")
-if len(sys.argv) > 2:
-    scores = summary(evaluate_submission(tables, Path(sys.argv[2]), sys.argv[3]))
-    print(scores["mAP"], scores["NDS"])
+spent = time.process_time() - began
+scores = summary(evaluate_submission(tables, Path(sys.argv[2]), sys.argv[3]))
+print(scores["mAP"], scores["NDS"], f"; {spent:.0f} s of CPU are its tables")
 """
 OPEN: Final = """
 import sys, time
@@ -109,21 +117,25 @@ class Measured:
 
 
 def measure(code: str, *arguments: Path | str, tree: Path = ROOT) -> Measured:
-    """Run a program in the folder of a tree.
+    """Run a program in the folder of a tree; see `measure_command`."""
+    return measure_command([sys.executable, "-c", code, *map(str, arguments)], tree)
+
+
+def measure_command(command: list[str], folder: Path) -> Measured:
+    """Run a command in a folder.
 
     Raises:
         RuntimeError: it fails; with the end of what it wrote.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=tree, stdout=out, stderr=errors)
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         out.seek(0)
         errors.seek(0)
         if status:
-            raise RuntimeError(errors.read()[-2000:])
+            raise RuntimeError(f"{' '.join(command[-3:])} failed:\n{errors.read()[-2000:]}")
         return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6, out.read().strip())
 
 
@@ -133,16 +145,28 @@ def row(name: str, measured: Measured, note: str = "") -> None:
     print(f"| {name} | {figures} | {note} |", flush=True)
 
 
+def sensor_blobs() -> dict[str, bytes]:
+    """By suffix a 1600 x 900 picture and a sweep of 34,720 points: of nuScenes' sizes, and some of their structure."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(90, 170, (45, 80, 3), dtype=np.uint8)
+    fine = rng.normal(0, 2, (900, 1600, 3))
+    picture = np.clip(cv2.resize(coarse, (1600, 900), interpolation=cv2.INTER_CUBIC) + fine, 0, 255).astype(np.uint8)
+    sweep = np.zeros((POINTS, 5), np.float32)
+    angle, distance = rng.uniform(-np.pi, np.pi, POINTS), rng.gamma(2.0, 8.0, POINTS)
+    sweep[:, 0], sweep[:, 1] = distance * np.cos(angle), distance * np.sin(angle)
+    sweep[:, 2], sweep[:, 3] = rng.uniform(-1.8, 3, POINTS), rng.integers(0, 255, POINTS)
+    jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]  # 0.2 MB, as nuScenes' have
+    return {"jpg": jpeg.tobytes(), "pcd.bin": sweep.tobytes()}
+
+
 class Trainval:
     """A dataroot of the size of trainval, or of its first scenes."""
 
-    def __init__(self, root: Path, scenes: int, blobs: dict[str, bytes] | None = None) -> None:
+    def __init__(self, root: Path, scenes: int) -> None:
         splits = official_splits()
         val = max(scenes * len(splits["val"]) // 850, 1)
         self.root, self.folder = root, root / VERSION
-        self.blobs = blobs or {"jpg": b"\xff\xd8" + bytes(100) + b"\xff\xd9", "pcd.bin": bytes(20)}
         self.names = [*splits["train"][: scenes - val], *splits["val"][:val]]
-        self.rng = np.random.default_rng(0)
         self.folder.mkdir(parents=True)
         self.channels = list(PER_KEYFRAME)
 
@@ -150,18 +174,12 @@ class Trainval:
         """Write tables and links."""
         self._small_tables()
         with ExitStack() as stack:
-            self.files: dict[str, TextIO] = {
-                name: stack.enter_context((self.folder / f"{name}.json").open("w"))
-                for name in ("sample", "sample_data", "ego_pose", "sample_annotation", "instance")
-            }
-            for file in self.files.values():
-                file.write("[\n")
-            for number in range(len(self.names)):
-                self._scene(number)
-            for file in self.files.values():
-                file.seek(file.tell() - 2)
-                file.truncate()
-                file.write("\n]")
+            files = {name: stack.enter_context((self.folder / f"{name}.json").open("w")) for name in LARGE}
+            pool = stack.enter_context(ProcessPoolExecutor(cores()))
+            for number, tables in enumerate(pool.map(SceneTables.of, range(len(self.names)))):
+                for name, records in tables.items():
+                    files[name].write(",\n".join(["[\n" * (number == 0) + records[0], *records[1:]]))
+                    files[name].write(",\n" if number + 1 < len(self.names) else "\n]")
         self._blobs()
 
     def _small_tables(self) -> None:
@@ -189,14 +207,54 @@ class Trainval:
         for name, records in tables.items():
             (self.folder / f"{name}.json").write_text(json.dumps(records, indent=0))
 
-    def _scene(self, n: int) -> None:
-        start = 1_532_402_900_000_000 + n * 30_000_000
+    def _blobs(self) -> None:
+        """One file per kind, and links to it under every name that `prepare` looks at."""
+        for folder in ("samples", "sweeps"):
+            for channel in self.channels:
+                (self.root / folder / channel).mkdir(parents=True)
+        (self.root / "maps").mkdir()
+        (self.root / "maps/map.png").write_bytes(b"")
+        for suffix, content in sensor_blobs().items():
+            (self.root / f"blob.{suffix}").write_bytes(content)
+
+        def link(n: int) -> None:
+            start = 1_532_402_900_000_000 + n * 30_000_000
+            for channel in (LIDAR, *CAMERAS):
+                count = int(PER_KEYFRAME[channel] * KEYFRAMES)
+                step, suffix, last = KEYFRAMES * 500_000 / count, SUFFIX[channel[0]], -1
+                for r in range(count):
+                    sample = int(r * KEYFRAMES / count)
+                    key, last = sample != last, sample
+                    if key or channel == LIDAR:
+                        name = f"n015-2018-07-24-11-22-45+0800__{channel}__{n:03d}{start + int(r * step)}.{suffix}"
+                        os.symlink(
+                            f"../../blob.{suffix}", self.root / ("samples" if key else "sweeps") / channel / name
+                        )
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(link, range(len(self.names))))
+
+
+class SceneTables:
+    """What the large tables say of one scene."""
+
+    def __init__(self, n: int) -> None:
+        self.rng = np.random.default_rng(n)
+        self.tables: dict[str, list[str]] = {name: [] for name in LARGE}
+
+    @classmethod
+    def of(cls, n: int) -> dict[str, list[str]]:
+        """Records by table of scene `n`, in JSON."""
+        scene, start = cls(n), 1_532_402_900_000_000 + n * 30_000_000
         for k in range(KEYFRAMES):
-            self._write("sample", token("s", n, k), timestamp=start + k * 500_000, prev=token("s", n, k - 1, KEYFRAMES),
-                        next=token("s", n, k + 1, KEYFRAMES), scene_token=f"scene-{n}")  # fmt: skip
-        for c, channel in enumerate(self.channels):
-            self._records(n, c, channel, start)
-        self._objects(n)
+            scene._write(
+                "sample", token("s", n, k), timestamp=start + k * 500_000, prev=token("s", n, k - 1, KEYFRAMES),
+                next=token("s", n, k + 1, KEYFRAMES), scene_token=f"scene-{n}",
+            )  # fmt: skip
+        for c, channel in enumerate(PER_KEYFRAME):
+            scene._records(n, c, channel, start)
+        scene._objects(n)
+        return scene.tables
 
     def _records(self, n: int, c: int, channel: str, start: int) -> None:
         count = int(PER_KEYFRAME[channel] * KEYFRAMES)
@@ -248,34 +306,7 @@ class Trainval:
     def _write(self, table: str, own: str, **fields: Any) -> None:
         """A record as nuScenes writes it: one field per line."""
         lines = ",\n".join(f'"{name}": {_written(value)}' for name, value in fields.items())
-        self.files[table].write(f'{{\n"token": "{own}",\n{lines}\n}},\n')
-
-    def _blobs(self) -> None:
-        """One file per kind, and links to it under every name that `prepare` looks at."""
-        for folder in ("samples", "sweeps"):
-            for channel in self.channels:
-                (self.root / folder / channel).mkdir(parents=True)
-        (self.root / "maps").mkdir()
-        (self.root / "maps/map.png").write_bytes(b"")
-        for suffix, content in self.blobs.items():
-            (self.root / f"blob.{suffix}").write_bytes(content)
-
-        def link(n: int) -> None:
-            start = 1_532_402_900_000_000 + n * 30_000_000
-            for channel in (LIDAR, *CAMERAS):
-                count = int(PER_KEYFRAME[channel] * KEYFRAMES)
-                step, suffix, last = KEYFRAMES * 500_000 / count, SUFFIX[channel[0]], -1
-                for r in range(count):
-                    sample = int(r * KEYFRAMES / count)
-                    key, last = sample != last, sample
-                    if key or channel == LIDAR:
-                        name = f"n015-2018-07-24-11-22-45+0800__{channel}__{n:03d}{start + int(r * step)}.{suffix}"
-                        os.symlink(
-                            f"../../blob.{suffix}", self.root / ("samples" if key else "sweeps") / channel / name
-                        )
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(link, range(len(self.names))))
+        self.tables[table].append(f'{{\n"token": "{own}",\n{lines}\n}}')
 
 
 def token(kind: str, scene: int, number: int, count: int | None = None) -> str:
@@ -322,6 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=int, default=850)
     parser.add_argument("--folder", type=Path, help="kept, and used again if it is there; default: a temporary one")
+    parser.add_argument("--store", type=float, default=20.0, help="gigabytes of the store that DVC hashes and links")
     parser.add_argument("--against", metavar="COMMIT", help="measured beside this tree")
     parser.add_argument("--no-devkit", dest="devkit", action="store_false", help="do not run the devkit")
     options = parser.parse_args()
@@ -331,6 +363,9 @@ def main() -> None:
         if options.against:
             trees = {options.against: stack.enter_context(checked_out(options.against)), **trees}
         run(folder, options.scenes, trees, options.devkit)
+        for arms in (large_study.ARMS // 4, large_study.ARMS):
+            of_study(folder, arms)
+        of_store(folder, options.store)
 
 
 def run(folder: Path, scenes: int, trees: dict[str, Path], with_devkit: bool) -> None:
@@ -361,8 +396,37 @@ def run(folder: Path, scenes: int, trees: dict[str, Path], with_devkit: bool) ->
         )
         if with_devkit and compared:
             theirs = measure(DEVKIT, dataroot, path, part)
-            row(f"the devkit's of {part}", theirs, f"mAP and NDS {theirs.output}; its tables are in it")
-            row("the devkit's tables alone", measure(DEVKIT, dataroot))
+            row(f"the devkit's of {part}", theirs, f"mAP and NDS {theirs.output}")
+
+
+def of_study(folder: Path, arms: int) -> None:
+    """What a person waits for beside training, in a workspace of `arms` arms and three seeds on the tables."""
+    root = folder / f"study-{arms}"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    large_study.workspace(root, ROOT, folder / "trainval", folder / "index-here", arms)
+    runs = large_study.publish(root, Index.open(folder / "index-here"))
+    for words in ("check", "run --dry-run", "cache plan", "report"):
+        command = [sys.executable, "-m", "pipeline", *words.split()]
+        row(f"`{words}`, {arms} arms, {runs} runs", measure_command(command, root))
+
+
+def of_store(folder: Path, gigabytes: float) -> None:
+    """What DVC takes for a store: hashed into the cache and linked, looked at again, put back."""
+    root = folder / "store"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    files = large_study.store(root, gigabytes)
+    dvc = [sys.executable, "-m", "dvc"]
+    row(
+        f"`dvc add` of a store of {gigabytes:g} GB",
+        measure_command([*dvc, "add", "--quiet", "store"], root),
+        f"{files} files",
+    )
+    row("`dvc status` of it", measure_command([*dvc, "status", "--quiet"], root))
+    shutil.rmtree(root / "store")
+    row("`dvc checkout` of it", measure_command([*dvc, "checkout", "--quiet"], root))
+    shutil.rmtree(root)
 
 
 def _parts(scenes: int) -> Iterator[tuple[str, bool]]:

@@ -25,6 +25,11 @@ class ImageConfig(Section):
             raise ValueError(f"resize {list(self.resize)} must be [smallest, largest]")
         return self
 
+    @property
+    def augments(self) -> bool:
+        """Whether training sees an image otherwise than evaluation does."""
+        return self.resize != (1.0, 1.0) or self.rotate > 0 or self.flip > 0
+
 
 class BevConfig(Section):
     """Training augmentation of the scene as a whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,11 +18,14 @@ from data.reading.augment import draw_bev_matrix, draw_image_matrices
 from data.reading.batch import Sample
 from data.reading.boxes import boxes_in_range, transform_boxes
 from data.reading.config import GridConfig, InputConfig
+from data.reading.decoded import DecodedImages
 from data.reading.geometry import Float64, inverse
 from data.reading.index import CAMERAS, Index, Record
 from data.reading.sensors import depth_map, load_image, load_points, load_radar
 
 MODALITIES: Final = frozenset({"images", "points", "radar", "boxes", "depth"})
+
+KEPT_BYTES: Final = 2**30  # of decoded images, in each worker of a loader
 
 # What a sampler yields. Epoch and position (in the order of the epoch, over all ranks) fix the random draws, the index
 # fixes the keyframe.
@@ -68,6 +72,7 @@ class NuScenesDataset(Dataset[Sample]):
         self.dataroot, self.split, self.config, self.grid = Path(dataroot), split, config, grid
         self.train, self.seed = train, seed
         self.rows = self.index.rows(split)
+        self.decoded = None if train and config.image.augments else DecodedImages(self._kept_images())
         cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
     def __len__(self) -> int:
@@ -137,10 +142,17 @@ class NuScenesDataset(Dataset[Sample]):
             cameras = frame.cameras
             for n, file in enumerate(cameras.files):
                 raw_size = (int(cameras.sizes[n, 0]), int(cameras.sizes[n, 1]))
-                bgr = load_image(self.dataroot / file, frame.token, raw_size, image_aug[n], size)
+                load = partial(load_image, self.dataroot / file, frame.token, raw_size, image_aug[n], size)
+                bgr = load() if self.decoded is None else self.decoded.get(file, image_aug[n], load)
                 for channel in range(3):
                     cv2.extractChannel(bgr, 2 - channel, images[t, n, channel])
         return torch.from_numpy(images)
+
+    def _kept_images(self) -> int:
+        """How many images stay decoded: in training all of a split that fits, else two keyframes' for the previous."""
+        height, width = self.config.image.size
+        split = len(self.rows) * len(CAMERAS)
+        return split if self.train and split * 3 * height * width <= KEPT_BYTES else 2 * len(CAMERAS)
 
     def _lidar(
         self, record: Record, image_aug: Float64, lidar_SE3_cam: Float64, bev_aug: Float64
@@ -153,7 +165,7 @@ class NuScenesDataset(Dataset[Sample]):
         loaded = load_points(self.dataroot, record.token, record.lidar, count, record.global_SE3_lidar)
         if "depth" in self.modalities:
             depth = depth_map(
-                loaded[loaded[:, 4] == 0.0],
+                loaded[: np.searchsorted(loaded[:, 4], 0.0, side="right")],  # the keyframe's own sweep comes first
                 inverse(lidar_SE3_cam),
                 image_aug @ record.cameras.intrinsics,
                 self.config.image.size,
@@ -161,7 +173,7 @@ class NuScenesDataset(Dataset[Sample]):
             )
         if "points" in self.modalities:
             loaded[:, :3] = loaded[:, :3] @ bev_aug[:3, :3].T.astype(np.float32)
-            points = loaded[self._in_grid(loaded)]
+            points = loaded.take(np.flatnonzero(self._in_grid(loaded)), axis=0)
         return torch.from_numpy(points), torch.from_numpy(depth)
 
     def _radar(self, record: Record, bev_aug: Float64) -> Tensor:

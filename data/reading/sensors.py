@@ -72,17 +72,17 @@ def load_points(
         BlobError: a file is missing or truncated.
     """
     clouds = [read_points(dataroot / file, token) for file in sweeps.files[:count]]
-    cloud = np.concatenate(clouds)
-    far = np.flatnonzero((np.abs(cloud[:, 0]) >= EGO_RADIUS) | (np.abs(cloud[:, 1]) >= EGO_RADIUS))
-    edges = np.searchsorted(far, np.cumsum([0, *map(len, clouds)]))
-    points = cloud[far]
-    points[:, 3] /= INTENSITY_SCALE
     ages = (sweeps.timestamps[0] - sweeps.timestamps[: len(clouds)]) * _MICROSECONDS
-    points[:, 4] = np.repeat(ages, np.diff(edges))
     lidar_SE3_sweeps = inverse(global_SE3_lidar) @ sweeps.global_SE3_sensor[: len(clouds)]
-    for lidar_SE3_sweep, start, stop in zip(lidar_SE3_sweeps, edges[:-1], edges[1:], strict=True):
-        points[start:stop, :3] = transform_points(lidar_SE3_sweep, points[start:stop, :3])
-    return points
+    # A row per coordinate, which the result is the transpose of: all that follows reads whole coordinates.
+    planar, end = np.empty((POINT_BYTES // 4, sum(map(len, clouds))), np.float32), 0
+    for cloud, age, lidar_SE3_sweep in zip(clouds, ages, lidar_SE3_sweeps, strict=True):
+        far = np.flatnonzero((np.abs(cloud[:, 0]) >= EGO_RADIUS) | (np.abs(cloud[:, 1]) >= EGO_RADIUS))
+        kept = cloud.take(far, axis=0)  # a mask in place of numbers takes four times as long
+        start, end = end, end + len(far)
+        planar[:3, start:end] = transform_points(lidar_SE3_sweep, kept[:, :3]).T
+        planar[3, start:end], planar[4, start:end] = kept[:, 3] / INTENSITY_SCALE, age
+    return planar[:, :end].T
 
 
 def read_points(path: Path, token: str) -> NDArray[np.float32]:

@@ -433,7 +433,8 @@ def _convert(path: Path, across: int | None, made: Path) -> None:
     with Image.open(path) as picture:
         if across:
             picture.thumbnail((across, across))
-        picture.convert("RGB").save(made, "WEBP", quality=80)
+        # A third of the time of WebP's usual effort, for a tenth more bytes: a study has sixteen for each of its runs.
+        picture.convert("RGB").save(made, "WEBP", quality=80, method=1)
 
 
 def _read(path: Path) -> Any:

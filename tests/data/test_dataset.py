@@ -23,7 +23,7 @@ from data.reading.config import GridConfig, InputConfig
 from data.reading.dataset import NuScenesDataset
 from data.reading.geometry import inverse, project
 from data.reading.index import CAMERAS, LIDAR, RADARS, Index
-from data.reading.sensors import depth_map, load_points, load_radar, read_points
+from data.reading.sensors import depth_map, load_image, load_points, load_radar, read_points
 
 KEYS = [(epoch, position, index) for epoch in (0, 3) for position, index in enumerate((2, 0, 1))]
 
@@ -270,6 +270,59 @@ def test_the_number_of_workers_changes_nothing(dataset: NuScenesDataset, workers
     loader = DataLoader(dataset, sampler=KEYS, batch_size=None, num_workers=workers)
     for sample, key in zip(loader, KEYS, strict=True):
         assert_equal(sample, dataset[key])
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are decoded from now on."""
+    files: list[str] = []
+
+    def counted(path: Path, *rest: Any) -> Any:
+        files.append(path.name)
+        return load_image(path, *rest)
+
+    monkeypatch.setattr("data.reading.dataset.load_image", counted)
+    return files
+
+
+def still(config: InputConfig, **image: Any) -> InputConfig:
+    """The same input with images that training sees as they are, but for `image`."""
+    plain = {"resize": (1.0, 1.0), "rotate": 0.0, "flip": 0.0}
+    return config.model_copy(update={"image": config.image.model_copy(update=plain | image)})
+
+
+@pytest.mark.parametrize("image", [{}, {"flip": 0.5}, {"rotate": 3.0}, {"resize": (0.9, 1.1)}])
+def test_images_that_nothing_augments_are_decoded_once(
+    made_index: Index,
+    made_dataroot: Path,
+    config: InputConfig,
+    grid: GridConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    image: dict[str, Any],
+) -> None:
+    dataset = NuScenesDataset(made_index, made_dataroot, "mini_train", still(config, **image), grid, train=True, seed=5)
+    fresh = [
+        NuScenesDataset(made_index, made_dataroot, "mini_train", still(config, **image), grid, train=True, seed=5)[key]
+        for key in KEYS
+    ]
+    files = count_decoded(monkeypatch)
+    for key, expected in zip(KEYS, fresh, strict=True):
+        assert_equal(dataset[key], expected)
+    once = len(files) == len(set(files))
+    assert once == (not image)
+
+
+def test_of_more_images_than_fit_two_keyframes_stay(
+    made_index: Index, made_dataroot: Path, config: InputConfig, grid: GridConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.reading.dataset.KEPT_BYTES", 0)
+    dataset = NuScenesDataset(made_index, made_dataroot, "mini_train", still(config), grid, train=True, seed=5)
+    files = count_decoded(monkeypatch)
+    for key in (0, 0, 1, 2, 0):  # a keyframe, the same, the two that follow it, the first again
+        dataset[key]
+    frames = [dataset._frames(dataset.index.sample(int(row))) for row in dataset.rows]
+    assert dataset.config.frames == 2
+    assert [frame.token for frame in frames[1]] == [frames[1][0].token, frames[0][0].token]
+    assert len(files) == 4 * len(CAMERAS)
 
 
 def test_a_camera_student_needs_no_lidar_and_no_boxes(dataset: NuScenesDataset, tmp_path: Path) -> None:
