@@ -221,10 +221,28 @@ def _nodes(repo: Repo) -> dict[str, Node]:
 
 
 def _changed(repo: Repo) -> dict[str, list[str]]:
+    _hash_once(repo)
     entries = repo.status()
     return {
         stage.name: _reasons(stage, entries[stage.addressing]) for stage in _stages(repo) if stage.addressing in entries
     }
+
+
+def _hash_once(repo: Repo) -> None:
+    """Have DVC hash what several stages depend on once: it would walk a folder of code again for each of them."""
+    from dvc.dependency import ParamsDependency
+
+    hashed: dict[str, Any] = {}
+
+    def once(path: str, compute: Callable[[], Any]) -> Any:
+        if path not in hashed:
+            hashed[path] = compute()
+        return hashed[path]
+
+    for stage in repo.index.stages:
+        for dep in stage.deps:
+            if not isinstance(dep, ParamsDependency):
+                dep._get_hash_meta = functools.partial(once, dep.fs_path, dep._get_hash_meta)
 
 
 def _stages(repo: Repo) -> list[PipelineStage]:

@@ -32,6 +32,16 @@ def bernoulli_divergence(logits: Tensor, target: Tensor) -> Tensor:
     return p * yes + (1 - p) * no
 
 
+def pearson(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus Pearson's correlation [B, 1, H, W] of the channels of each cell of two maps [B, C, H, W].
+
+    What a cell says counts, not how loudly: neither scale nor mean of a map matter. A cell of the teacher without
+    contrast (no LiDAR point) teaches nothing. Cao et al., "PKD", NeurIPS 2022, correlate over a whole map instead.
+    """
+    ours, theirs = (values - values.mean(1, keepdim=True) for values in (student, teacher))
+    return 1 - F.cosine_similarity(ours, theirs, dim=1, eps=1e-6).unsqueeze(1)
+
+
 # Regression distances of student, teacher and beta, by name.
 ELEMENTWISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l1": lambda student, teacher, _: (student - teacher).abs(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from base.taps import TapRef
 from distill.adapters import ADAPTERS, Resize
-from distill.distances import ELEMENTWISE
+from distill.distances import ELEMENTWISE, pearson
 from distill.masks import MASKS, MaskInput, grid_of
 from distill.term import Outcome, Term
 from distill.terms import TermConfig
@@ -19,6 +19,7 @@ from models.ports import Batch, Prediction
 
 # Of a channel, as a share of the mean over channels: a channel that hardly ever fires must not rule the loss.
 SMALLEST_STD = 0.05
+DISTANCES = (*ELEMENTWISE, "pearson")  # of dense maps
 
 
 def channel_scale(std: Tensor | None, channels: int, tap: str) -> Tensor:
@@ -76,7 +77,7 @@ class MapTerm(Term):
         for kind, known, what in (
             (config.mask.kind, MASKS, "mask"),
             (config.adapter.kind, ADAPTERS, "adapter"),
-            (config.distance, ELEMENTWISE, "distance"),
+            (config.distance, DISTANCES, "distance"),
         ):
             if kind not in known:
                 raise ValueError(f"{what} '{kind}' does not apply to dense maps: use one of {', '.join(known)}")
@@ -97,8 +98,14 @@ class MapTerm(Term):
             )
         valid = valid_cells(teacher, self.config.teacher, target)
         given = MaskInput(target, valid, batch, self.targets, self.config.mask, self._scores(teacher))
-        distance = ELEMENTWISE[self.config.distance](adapted.float() / self.std, target / self.std, self.config.beta)
-        return Outcome((distance.mean(1, keepdim=True) * MASKS[self.config.mask.kind](given)).sum())
+        distance = self._distance(adapted.float() / self.std, target / self.std)
+        return Outcome((distance * MASKS[self.config.mask.kind](given)).sum())
+
+    def _distance(self, adapted: Tensor, target: Tensor) -> Tensor:
+        """Distance [B, 1, H, W] of maps, cell by cell."""
+        if self.config.distance == "pearson":
+            return pearson(adapted, target)
+        return ELEMENTWISE[self.config.distance](adapted, target, self.config.beta).mean(1, keepdim=True)
 
     def _scores(self, teacher: Mapping[str, Any]) -> Tensor | None:
         """What `phi_softmax` weighs by; cells of the head that are not known count as background."""

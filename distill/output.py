@@ -30,6 +30,9 @@ class OutputTerm(Term):
 
     `gfl` and `qfl` compare heatmaps; `sl1`, `l1` and `l2` the ten regression values, weighted by the
     teacher's score unless the mask says `weighted: false`. What does not pass the mask's threshold is background.
+
+    Every task has a normaliser of its own, and the tasks' losses are summed, as those against the truth are: divided
+    by the boxes of all tasks together, a term of six tasks is about a sixth of what its weight says.
     """
 
     distances: tuple[str, ...] = (*ELEMENTWISE, "gfl", "qfl")
@@ -71,6 +74,10 @@ class OutputTerm(Term):
         weights = student.new_tensor(self.code_weights)
         return ELEMENTWISE[self.config.distance](student * weights, teacher * weights, self.config.beta)
 
+    def by_task(self, values: Tensor) -> Tensor:
+        """Sums [T] of values [C] by class."""
+        return torch.stack([part.sum() for part in values.split(self.targets.task_sizes)])
+
     def weights(self, score: Tensor) -> Tensor:
         """Of regression, from the scores that pass the threshold; 0 stays 0."""
         return score if self.config.mask.weighted else (score > 0).to(score)
@@ -94,18 +101,21 @@ class BoxTerm(OutputTerm):
         heat = self.targets.heatmap(encoded, labels, sample, len(samples), score)
         peak = torch.zeros_like(heat, dtype=torch.bool).flatten(2)
         peak[sample, labels, cell] = True
-        loss = self.classification(_heatmaps(student.head), heat, peak.view_as(heat))
-        return Outcome(loss.sum() / divisor(score.new_tensor(len(score))))
+        loss = self.classification(_heatmaps(student.head), heat, peak.view_as(heat)).sum((0, 2, 3))
+        boxes_of_class = torch.bincount(labels, minlength=self.targets.classes).float()
+        return Outcome((self.by_task(loss) / divisor(self.by_task(boxes_of_class))).sum())
 
     def _regression(
         self, student: Prediction, code: Tensor, cell: Tensor, labels: Tensor, sample: Tensor, score: Tensor
     ) -> Tensor:
-        """Distance of the codes at the boxes' cells, averaged by weight."""
+        """Distance of the codes at the boxes' cells, averaged by weight over those of a task, summed over tasks."""
         task = torch.tensor(self.targets.task_of_class, device=labels.device)[labels]
         predicted = _codes(student.head).flatten(3)[sample, task, :, cell]
         distance = self.code_distance(predicted, code.nan_to_num(0.0)) * ~code.isnan()
         weight = self.weights(score)
-        return (distance.sum(1) * weight).sum() / divisor(weight.sum())
+        sums = weight.new_zeros(2, len(self.targets.task_sizes))
+        sums = sums.index_add(1, task, torch.stack([distance.sum(1) * weight, weight]))
+        return (sums[0] / divisor(sums[1])).sum()
 
 
 class HeadTerm(OutputTerm):
@@ -113,8 +123,8 @@ class HeadTerm(OutputTerm):
 
     The mask says which reading: with `teacher_conf` X³KD's, in which a task's regression counts by its best class
     that passes the threshold; with `none` (heatmaps) and `gt_centers` (regression at the true boxes' centres)
-    SimDistill's MMD-P, in which each task has its own normaliser and the tasks' losses are summed; with those of
-    `PILLARS` our reconstruction of Structured KD's response per pillar, a mean weighted cell by cell.
+    SimDistill's MMD-P; with those of `PILLARS` our reconstruction of Structured KD's response per pillar, a mean
+    weighted cell by cell.
 
     `kl` is plain logit distillation: the divergence of the scores, summed over classes, mean over cells.
     """
@@ -180,10 +190,11 @@ class HeadTerm(OutputTerm):
         """The loss where the teacher is sure: of scores [B, C, H, W] that are 0 where it is not."""
         if self.config.distance in ELEMENTWISE:
             weight = self.weights(self._best_of_tasks(score))
-            return (self._code_distances(student, head).sum(-1) * weight).sum() / divisor(weight.sum())
+            sums = (self._code_distances(student, head).sum(-1) * weight).sum((0, 2, 3))
+            return (sums / divisor(weight.sum((0, 2, 3)))).sum()
         peak = (score > 0) & (score == F.max_pool2d(score, 3, stride=1, padding=1))
-        loss = self.classification(_heatmaps(student.head), score, peak) * valid
-        return loss.sum() / divisor(peak.sum())
+        loss = (self.classification(_heatmaps(student.head), score, peak) * valid).sum((0, 2, 3))
+        return (self.by_task(loss) / divisor(self.by_task(peak.sum((0, 2, 3)).float()))).sum()
 
     def _best_of_tasks(self, score: Tensor) -> Tensor:
         """Best score [B, T, H, W] of each task, of scores [B, C, H, W]."""
@@ -195,13 +206,9 @@ class HeadTerm(OutputTerm):
 
     def _everywhere(self, student: Prediction, score: Tensor, valid: Tensor) -> Tensor:
         """Quality focal loss over all cells, of each task by how many of them the teacher takes for an object's."""
-        loss = self._by_task((quality_focal(_heatmaps(student.head), score) * valid).sum((0, 2, 3)))
-        positive = self._by_task(((score > POSITIVE) & valid).sum((0, 2, 3)).float())
+        loss = self.by_task((quality_focal(_heatmaps(student.head), score) * valid).sum((0, 2, 3)))
+        positive = self.by_task(((score > POSITIVE) & valid).sum((0, 2, 3)).float())
         return (loss / divisor(positive)).sum()
-
-    def _by_task(self, values: Tensor) -> Tensor:
-        """Sums [T] of values [C] by class."""
-        return torch.stack([part.sum() for part in values.split(self.targets.task_sizes)])
 
     def _at_centres(self, student: Prediction, head: list[dict[str, Tensor]], valid: Tensor, batch: Batch) -> Tensor:
         """Distance of the codes that student and teacher have at true centres: of each task its mean over boxes."""

@@ -59,7 +59,19 @@ class TermConfig(Written):
     mask: MaskConfig = MaskConfig()
     adapter: AdapterConfig = AdapterConfig()
     distance: Literal[
-        "l1", "l2", "sl1", "gfl", "qfl", "kl", "cos_rel", "kl_rel", "attention", "similarity", "bce_adv", "maskrcnn"
+        "l1",
+        "l2",
+        "sl1",
+        "pearson",
+        "gfl",
+        "qfl",
+        "kl",
+        "cos_rel",
+        "kl_rel",
+        "attention",
+        "similarity",
+        "bce_adv",
+        "maskrcnn",
     ]
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)  # fraction of training after which the term counts
@@ -79,7 +91,7 @@ class TermConfig(Written):
     def _options_have_an_effect(self) -> TermConfig:
         regression, head, mask = self.distance in ("l1", "l2", "sl1"), self.student == "head", self.mask.kind
         heeded = {
-            "normalise": regression and not head,
+            "normalise": (regression or self.distance == "pearson") and not head,
             "beta": self.distance == "sl1",
             "code_weights": regression and head,
             "mask.threshold": mask == "teacher_conf",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from base.watching import WATCHED
+from base.watching import DISTILLED, WATCHED
 from config.params import split_key
 from data.reading.batch import collate
 from data.reading.config import BevConfig
@@ -63,7 +63,7 @@ class Distillation:
 
 
 def _curve(name: str) -> str:
-    return name if name.startswith(WATCHED) else f"distill/{name}"
+    return name if name.startswith(WATCHED) else f"{DISTILLED}{name}"
 
 
 def run(context: StageContext) -> None:

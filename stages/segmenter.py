@@ -22,7 +22,7 @@ class SupervisedSegmenter:
     """A segmenter and its losses against the instances of the images."""
 
     def __init__(self, segmenter: Segmenter) -> None:
-        self.module = segmenter
+        self.module = self.student = segmenter
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
         """The segmenter's own losses."""

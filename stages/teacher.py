@@ -23,7 +23,7 @@ class SupervisedDetector:
     """A detector and the losses against the truth."""
 
     def __init__(self, detector: Detector) -> None:
-        self.module = detector
+        self.module = self.student = detector
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
         """The detector's own losses."""

@@ -26,6 +26,8 @@ class TrainConfig(Section):
     accumulate: Count = 1  # micro-batches that a process makes of its part of a step, to save memory
     checkpoint_minutes: float = Field(5.0, ge=0.0)  # 0 = after every step
     log_every: Count = 10  # steps
+    # Steps from one comparison of the losses' gradients to the next; each takes a backward pass per loss. 0: none.
+    gradients_every: int = Field(0, ge=0)
     workers: int | None = Field(None, ge=0)  # loader processes; none given: 1, or one per core up to 8 beside a GPU
     lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = {}  # module of the model -> factor of its rate; 0: frozen
 

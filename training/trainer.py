@@ -26,9 +26,10 @@ from base.environment import cores
 from base.errors import PipelineError
 from base.progress import ProgressBar
 from base.stopping import Preempted
-from base.watching import WATCHED
+from base.watching import DISTILLED, WATCHED
 from training.checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
 from training.ema import EMA
+from training.gradients import gradient_norms
 from training.loading import load_weights
 from training.run import Run
 from training.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
-RUNTIME = {"checkpoint_minutes", "workers", "log_every"}  # settings that do not change the result
+RUNTIME = {"checkpoint_minutes", "workers", "log_every", "gradients_every"}  # settings that do not change the result
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # after which the ranks of a dead rank end too
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")  # of CPUs whose arithmetic torch's convolutions use
 SKIPS_IN_A_ROW = 20  # loss-scaler back-offs (a factor 2 each) before 16-mixed training counts as diverged
@@ -60,6 +61,11 @@ class Task(Protocol):
 
         Names that start with WATCHED are logged beside them and are no part of the loss. The same names every step.
         """
+        ...
+
+    @property
+    def student(self) -> nn.Module:
+        """The part of the module that is published, at whose weights gradients are compared."""
         ...
 
 
@@ -202,6 +208,22 @@ def minimised(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(WATCHED)]
 
 
+def pulls(losses: Mapping[str, Tensor], student: nn.Module) -> dict[str, float]:
+    """Curves of how the losses of a batch pull at a student's weights.
+
+    `gradient/<loss>` is the norm of each gradient; `pull/<term>` that of a distillation term over that of all losses
+    against the truth together, where there is such a loss.
+    """
+    truth = [loss for name, loss in losses.items() if not name.startswith(DISTILLED)]
+    whole = {"": torch.stack(truth).sum()} if truth else {}
+    norms = gradient_norms({**losses, **whole}, student.parameters())
+    values = dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))
+    reference = values.pop("", 0.0)
+    found = {f"gradient/{name}": value for name, value in values.items()}
+    terms = [name for name in values if name.startswith(DISTILLED)] if reference > 0 else []
+    return found | {f"pull/{name.removeprefix(DISTILLED)}": values[name] / reference for name in terms}
+
+
 class CopiedAhead(Iterator[Any]):
     """Batches on a GPU, each copied on a stream of its own while the step before it computes.
 
@@ -258,6 +280,8 @@ class Trainer:
         self.dataset, self.collate, self.balance = dataset, collate, balance
         freeze(task.module, config.lr_factors)
         self.module = self.fabric.to_device(task.module).train()
+        self.student = task.student
+        self.pulls: dict[str, float] = {}  # of the last step that compared gradients, until they are logged
         self.loss, self.optimizer = self.fabric.setup(_Loss(task), self._make_optimizer())
         self.ema = EMA(self.module, config.ema_decay)
         self.checkpoints = Checkpoints(run.scratch / "checkpoints")
@@ -325,10 +349,15 @@ class Trainer:
             skip_sync = part < parts - 1 and self.fabric.world_size > 1
             with self.fabric.no_backward_sync(self.loss, enabled=skip_sync):
                 terms = self.loss(_Opaque(batch), self.step / self.total)
+                if part == 0 and self._compares_gradients():
+                    self.pulls = pulls({name: terms[name] for name in minimised(terms)}, self.student)
                 self.fabric.backward(torch.stack([terms[name] for name in minimised(terms)]).sum() / parts)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / parts
         return sums, tokens, waited
+
+    def _compares_gradients(self) -> bool:
+        return self.config.gradients_every > 0 and self.step % self.config.gradients_every == 0
 
     def _read(self, terms: dict[str, Tensor], norm: Tensor | None, tokens: list[str]) -> dict[str, float]:
         """Losses and gradient norm as numbers, in one transfer, checked before the weights are touched."""
@@ -362,6 +391,9 @@ class Trainer:
             curves = {f"train/{name}": value for name, value in metrics.items() if name != "stop"}
             epoch = self.step * self.config.batch_size / self.samples_per_epoch
             self.run.tracker.log_metrics(curves | {"train/samples_per_s": rate, "epoch": epoch}, self.step)
+        if self.pulls and self.fabric.is_global_zero:
+            self.run.tracker.log_metrics(self.pulls, self.step)
+            self.pulls = {}
 
     def _batches(self) -> StepBatches:
         return StepBatches(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,9 @@ class CameraDetector(Detector):
         depth_loss_kind: see `models.layers.depth_net.depth_loss`.
         image: height and width that it sees; it brings images of another size to that. None: those of the batch.
     """
+
+    # The BEV encoder of a LiDAR teacher, for those that inherit it.
+    places = MappingProxyType({"backbone": ("bev_backbone",), "neck": ("bev_neck",)})
 
     def __init__(
         self,

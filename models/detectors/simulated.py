@@ -46,7 +46,7 @@ class SimulatedFusion(CameraDetector):
     """
 
     sensors = ("images",)
-    places = MappingProxyType({"lift": ("camera_lift", "simulated_lift")})
+    places = MappingProxyType({**CameraDetector.places, "lift": ("camera_lift", "simulated_lift")})
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.adapters import ADAPTERS
 from distill.distances import ELEMENTWISE
+from distill.features import DISTANCES
 from distill.masks import MASKS
 from distill.output import HeadTerm
 from distill.recipe import Recipe
@@ -72,6 +73,7 @@ TERMS = {
     "xfd_all": XFD | {"mask": {"kind": "none"}},
     "xfd_direct": XFD | {"mask": {"kind": "none"}, "adapter": {"kind": "conv1x1"}},
     "xfd_gauss": XFD | {"mask": {"kind": "gt_gauss"}},
+    "xfd_pearson": XFD | {"distance": "pearson"},
     "xat": XAT,
     "xis": XIS,
 }
@@ -210,11 +212,15 @@ def test_every_term_is_finite_without_any_box(student: Detector, name: str) -> N
 
 
 def brute_force(student: list[dict[str, Tensor]], teacher: Tensor, term: dict[str, Any]) -> float:
-    """The dense reading cell by cell, in numpy; of each task the head has ten codes, then the classes."""
+    """The dense reading cell by cell, in numpy; of each task the head has ten codes, then the classes.
+
+    Every task has a mean of its own.
+    """
     threshold, weighted = term["mask"]["threshold"], term["mask"].get("weighted", True)
     ours, theirs = (maps.double().detach().numpy() for maps in (head_map(student), teacher))
-    total, count, start = 0.0, 0.0, 0
+    losses, start = [], 0
     for task in student:
+        total, count = 0.0, 0.0
         classes = task["heatmap"].shape[1]
         code, heat = slice(start, start + 10), slice(start + 10, start + 10 + classes)
         start += 10 + classes
@@ -223,8 +229,8 @@ def brute_force(student: list[dict[str, Tensor]], teacher: Tensor, term: dict[st
         if term["distance"] == "sl1":
             weight = score.max(1) if weighted else (score.max(1) > 0).astype(float)
             error = np.abs(ours[:, code] - theirs[:, code])
-            total += (np.where(error < 1, error**2 / 2, error - 0.5).sum(1) * weight).sum()
-            count += weight.sum()
+            total, count = (np.where(error < 1, error**2 / 2, error - 0.5).sum(1) * weight).sum(), weight.sum()
+            losses.append(total / max(count, 1.0))
             continue
         p = 1 / (1 + np.exp(-ours[:, heat]))
         for sample, label, y, x in np.ndindex(*score.shape):
@@ -238,7 +244,29 @@ def brute_force(student: list[dict[str, Tensor]], teacher: Tensor, term: dict[st
                 total += -target * (1 - own) ** 2 * np.log(own)
             else:
                 total += -((1 - target) ** 4) * own**2 * np.log(1 - own)
-    return total / max(count, 1.0)
+        losses.append(total / max(count, 1.0))
+    return sum(losses)
+
+
+@pytest.mark.parametrize("name", ["xod_cls", "xod_gfl", "xod_reg", "xod_reg_flat"])
+def test_boxes_of_other_tasks_do_not_make_a_term_weaker(student: Detector, name: str) -> None:
+    """The truth's losses are means over the boxes of a task; so are a teacher's."""
+    batch = random_batch(batch_size=1)
+    boxes = teacher_boxes(3)
+    boxes[:, 9], boxes[:, 10] = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.0, 5.0, 5.0])  # a car, two barriers
+    prediction = student(batch)
+    terms = recipe(student, x=TERMS[name] | {"weight": 1.0})
+
+    def gradient(chosen: Tensor) -> Tensor:
+        """At the maps of the car's task."""
+        loss = terms(prediction, {"lidar.boxes": [chosen]}, batch, 0.0)["x"]
+        maps = list(prediction.head[0].values())
+        found = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)
+        return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+    alone, among = gradient(boxes[:1]), gradient(boxes)
+    assert alone.abs().sum() > 0
+    torch.testing.assert_close(among, alone)
 
 
 @pytest.mark.parametrize("name", ["xod_dense_cls", "xod_dense_gfl", "xod_dense_reg", "xod_dense_flat"])
@@ -317,7 +345,7 @@ def test_head_cells_without_a_source_have_no_effect(student: Detector, name: str
 def test_a_flat_regression_counts_every_box_alike(student: Detector) -> None:
     batch = random_batch(batch_size=1)
     boxes = teacher_boxes(2)
-    boxes[:, 9] = torch.tensor([0.9, 0.45])
+    boxes[:, 9], boxes[:, 10] = torch.tensor([0.9, 0.45]), 0.0  # of one task
     terms = recipe(student, x=FLAT | {"weight": 1.0})
     both, one, two = (
         terms(student(batch), {"lidar.boxes": [chosen]}, batch, 0.0)["x"] for chosen in (boxes, boxes[:1], boxes[1:])
@@ -340,7 +368,7 @@ def test_boxes_below_the_threshold_do_not_count(student: Detector) -> None:
 def test_confident_boxes_weigh_more_in_the_regression(student: Detector) -> None:
     batch = random_batch(batch_size=1)
     boxes = teacher_boxes(2)
-    boxes[:, 9] = torch.tensor([0.9, 0.45])
+    boxes[:, 9], boxes[:, 10] = torch.tensor([0.9, 0.45]), 0.0  # of one task
     prediction = student(batch)
     terms = recipe(student, reg=REG | {"weight": 1.0})
     both, one, two = (
@@ -414,6 +442,30 @@ def test_both_maps_are_divided_by_the_teachers_std(student: Detector) -> None:
     plain = recipe(student, 32, term=DIRECT | {"distance": "l1"})(Prediction([], taps), outputs, batch, 0.0)["term"]
     scaled = recipe(student, 32, torch.full((32,), 4.0), term=DIRECT | {"distance": "l1"})
     torch.testing.assert_close(scaled(Prediction([], taps), outputs, batch, 0.0)["term"], plain / 4)
+
+
+def test_pearson_correlates_the_channels_of_each_cell(student: Detector) -> None:
+    batch = random_batch()
+    outputs = teacher_outputs(batch, 32)
+    target = outputs["lidar.bev_lift"]
+    source = student(batch, ["bev_neck"]).taps["bev_neck"].detach().requires_grad_()
+    terms = recipe(student, 32, term=DIRECT | {"distance": "pearson", "weight": 1.0})
+
+    def loss(maps: Tensor, given: Tensor) -> Tensor:
+        return terms(Prediction([], {"bev_neck": maps}), {"lidar.bev_lift": given}, batch, 0.0)["term"]
+
+    contrast = target.std(1) > 0
+    assert contrast.any()
+    assert not contrast.all()
+    cells = [(values.detach().movedim(1, -1)[contrast].numpy()) for values in (source, target)]
+    correlation = [np.corrcoef(*pair)[0, 1] for pair in zip(*cells, strict=True)]
+    expected = 1 - sum(correlation) / contrast.numel()  # cells of the teacher without contrast count as uncorrelated
+    torch.testing.assert_close(loss(source, target).item(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss(3 * source + 5, target), loss(source, target), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss(source, 0.2 * target + 7), loss(source, target), atol=1e-5, rtol=0)
+    loss(source, target).backward()
+    moved = source.grad.abs().sum(1) > 0
+    assert torch.equal(moved, contrast)
 
 
 def test_a_channel_that_never_fires_does_not_rule_the_loss(student: Detector) -> None:
@@ -576,5 +628,5 @@ def test_the_schema_knows_every_name_and_no_other() -> None:
     assert allowed(MaskConfig, "kind") == {*MASKS, "teacher_conf", "gt_centers", "visible_views"}
     assert allowed(AdapterConfig, "kind") == {*ADAPTERS, "grl_disc", "mask_rcnn"}
     assert allowed(TermConfig, "distance") == {
-        *ELEMENTWISE, *RELATIONS, *HeadTerm.distances, "bce_adv", "maskrcnn"
+        *ELEMENTWISE, *DISTANCES, *RELATIONS, *HeadTerm.distances, "bce_adv", "maskrcnn"
     }  # fmt: skip

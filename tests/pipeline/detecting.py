@@ -95,6 +95,7 @@ class StudentTask:
         torch.manual_seed(0)
         self.module = Student()
         replace_batch_norms(self.module)
+        self.student = self.module.detector
 
     def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.module(batch, progress)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from dvc.output import build
 from dvc.repo import Repo
 from dvc.repo.index import Index
 
@@ -99,6 +102,21 @@ def test_graph_and_selection(chain: Project) -> None:
     assert list(graph.select(nodes, ["three@b"])) == ["one", "two", "three@b"]
     with pytest.raises(graph.GraphError, match="target 'four' is not a stage; there are: one, two"):
         graph.select(nodes, ["four"])
+
+
+def test_what_several_stages_read_is_hashed_once(chain: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain.repro()
+    hashed: list[str] = []
+
+    def counted(odb: Any, path: str, *rest: Any, **more: Any) -> Any:
+        hashed.append(Path(path).name)
+        return build(odb, path, *rest, **more)
+
+    monkeypatch.setattr("dvc.output.build", counted)
+    chain.write("d/two.txt", "changed")
+    changed = ["dependency modified: d"]
+    assert graph.status(chain.root) == {"two": ["out modified: d"], "three@a": changed, "three@b": changed}
+    assert hashed.count("d") == 2  # as what `two` makes, and as what the others read
 
 
 def test_status_says_why(chain: Project) -> None:

@@ -90,6 +90,7 @@ def parse(bev: dict[str, Any] = STILL, **changes: Any) -> Params:
     raw["students"]["camera"] |= {"model": camera_config(), "start": None}
     raw["study"] |= {"variants": [], "featured": [], "baselines": [], "stores": ["exact", "half", "small", "mixed"]}
     train = {"epochs": 1, "batch_size": 2, "precision": "bf16-mixed", "workers": 0, "checkpoint_minutes": 0}
+    train["gradients_every"] = 1
     overlay = {
         "data": {"version": "v1.0-trainval", "splits": {"train": "train", "val": "val"}},
         "input": {"sweeps": 1, "image": {"size": [32, 64]}, "bev": bev},

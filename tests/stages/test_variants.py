@@ -16,6 +16,7 @@ from data.reading.instances import ImageInstances
 from models.detectors.build import build_detector
 from stages.distill import Distillation, make_recipe
 from tests.models.factory import CAMERAS, random_batch
+from training.gradients import gradient_norms
 
 PARAMS = load_params(Path(__file__).resolve().parents[2])
 LIFT, HEAD = 48, 70  # channels of the teachers' maps
@@ -73,6 +74,10 @@ def batch_for(settings: StudentParams, frames: int) -> Any:
     return random_batch(batch_size=1, image=(rows * settings.model["stride"], columns * settings.model["stride"]))
 
 
+SEEN: set[str] = set()
+"""Terms of which some variant has shown that they pull at the student; a backward pass for each is enough."""
+
+
 @pytest.mark.parametrize("name", list(PARAMS.variants))
 def test_variant_learns_from_its_own_losses(name: str) -> None:
     variant, settings = PARAMS.variants[name], PARAMS.student(name)
@@ -88,6 +93,10 @@ def test_variant_learns_from_its_own_losses(name: str) -> None:
 
     losses = task.loss(batch, 0.5)
     summed = {key: value for key, value in losses.items() if not key.startswith("watch/")}
+    fresh = {key: term for key, term in terms.items() if term.model_dump_json() not in SEEN}
+    SEEN.update(term.model_dump_json() for term in fresh.values())
+    pulls = gradient_norms({key: losses[f"distill/{key}"] for key in fresh}, student.parameters())
+    assert all(pull > 0 for key, pull in pulls.items() if fresh[key].distance != "similarity")  # 0 of a batch of one
     torch.stack(list(summed.values())).sum().backward()
 
     own = {"heatmap", "box"} if variant.truth else set()

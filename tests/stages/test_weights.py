@@ -114,6 +114,11 @@ def sources(detector: Detector, folder: Path, places: dict[str, str]) -> dict[st
          {"images", "camera_lift", "simulated_lift", "fuser"}),
         ("camera", ["images", "lift"], camera_config(), {"images": "images", "lift": "lift"},
          {"bev_backbone", "bev_neck", "head"}),
+        # A camera student inherits the BEV encoder and the head of a LiDAR teacher (visible by what it says of places).
+        ("lidar", ["neck", "head"], camera_config(), {"bev_neck": "neck", "head": "head"},
+         {"images", "lift", "bev_backbone"}),
+        ("lidar", None, simulated_config(), {"bev_backbone": "backbone", "bev_neck": "neck", "head": "head"},
+         {"images", "camera_lift", "simulated_lift", "fuser", "bev_backbone"}),
     ],
 )  # fmt: skip
 def test_parts_take_the_weights_of_their_modules_and_the_rest_stays(

@@ -292,6 +292,49 @@ def test_watched_values_are_logged_and_not_minimised(tmp_path: Path) -> None:
     assert "train/watch/toy/huge" in tracker.metrics[0][1]
 
 
+class TaughtTask(ToyTask):
+    """The toy's second loss is a teacher's."""
+
+    def loss(self, batch: ToyBatch, progress: float) -> dict[str, Tensor]:
+        losses = super().loss(batch, progress)
+        return {"mse": losses["mse"], "distill/size": losses["size"], "watch/size": losses["size"] * 1e6}
+
+
+def test_comparing_gradients_changes_nothing(tmp_path: Path) -> None:
+    plain, tracker = fit(tmp_path / "plain"), Recorder()
+    compared = fit(tmp_path / "compared", task=TaughtTask(), tracker=tracker, gradients_every=4)
+    assert weights_digest(compared) == weights_digest(plain)
+    curves = [(step, values) for step, values in tracker.metrics if any(name.startswith("pull/") for name in values)]
+    assert [step for step, _ in curves] == [1, 5, 9, 13]  # counted as the other curves are: after the step
+    for _, values in curves:
+        assert values.keys() == {"gradient/mse", "gradient/distill/size", "pull/size"}
+        assert values["pull/size"] == pytest.approx(values["gradient/distill/size"] / values["gradient/mse"])
+        assert 0 < values["gradient/mse"] < 100
+
+
+def test_a_pull_is_a_share_of_what_the_truth_pulls() -> None:
+    student, adapter = nn.Linear(9, 1, bias=False), nn.Linear(9, 1)
+    frozen = nn.Linear(9, 1).requires_grad_(False)
+    student.add_module("frozen", frozen)
+    weight = student.weight.sum()  # its gradient has norm 3
+    losses = {
+        "box": 2 * weight,
+        "depth": -5 * weight + frozen.weight.sum(),
+        "distill/near": 0.6 * weight + 100 * adapter.weight.sum(),
+        "distill/late": 0.0 * weight,
+        "distill/elsewhere": adapter.weight.sum(),
+        "distill/constant": torch.tensor(7.0),
+    }
+    found = trainer.pulls(losses, student)
+    gradients = {"box": 6.0, "depth": 15.0, "distill/near": 1.8, "distill/late": 0.0}
+    gradients |= {"distill/elsewhere": 0.0, "distill/constant": 0.0}
+    shares = {"near": 0.2, "late": 0.0, "elsewhere": 0.0, "constant": 0.0}  # of the 9 of box and depth together
+    expected = {f"gradient/{k}": v for k, v in gradients.items()} | {f"pull/{k}": v for k, v in shares.items()}
+    assert found == pytest.approx(expected)
+    without_truth = trainer.pulls({"distill/near": losses["distill/near"]}, student)
+    assert without_truth == pytest.approx({"gradient/distill/near": 1.8})
+
+
 def test_a_module_can_do_without_weight_decay() -> None:
     free = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 3))
     free.weight_decay = False

@@ -73,6 +73,10 @@ class ToyTask:
         self.module: nn.Module = nn.Sequential(*layers, *head)
         self.pause = pause
 
+    @property
+    def student(self) -> nn.Module:
+        return self.module
+
     def loss(self, batch: ToyBatch, progress: float) -> dict[str, Tensor]:
         time.sleep(self.pause)
         out = self.module(batch.images)
