@@ -162,7 +162,9 @@ class Bench:
                 self.shapes[source] = shape_of(teacher, source.tap)
         student, stride = self.student, getattr(self.student, "stride", None)
         widths = {source: shape[0] for source, shape in self.shapes.items()}
-        return Recipe(self.terms, student.targets, student.tap_channels, widths, stride=stride)
+        return Recipe(
+            self.terms, student.targets, student.tap_channels, widths, stride=stride, losses=student.head.losses
+        )
 
     def _teacher_outputs(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)

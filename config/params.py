@@ -206,15 +206,18 @@ class Params(Section):
         for name, variant in self.variants.items():
             for term, config in variant.terms.items():
                 yield from self._bad_teacher_taps(f"variants.{name}.terms.{term}.teacher", config, name)
-            if not variant.truth and all(term.student != "head" for term in variant.terms.values()):
+            if variant.truth is False and all(term.student != "head" for term in variant.terms.values()):
                 yield f"variants.{name}.truth: false, and its head needs a term to learn from"
             if name in self.study.variants:
                 yield from self._missing_start(name)
             if variant.student in self.students:
                 try:
-                    self.student(name)
+                    balanced = self.student(name).train.balanced
                 except ValidationError as error:
                     yield from (f"variants.{name}.{problem}" for problem in problems(error, StudentParams))
+                    continue
+                if balanced and variant.truth_share is not None and name in self.study.variants:
+                    yield f"variants.{name}.truth_share: its student's train.balanced draws the samples: choose one"
 
     def _missing_start(self, variant: str) -> Iterable[str]:
         chosen = self.variants[variant]

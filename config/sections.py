@@ -249,8 +249,22 @@ class VariantParams(Section):
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
     start: Start | None = None  # instead of the student's
-    truth: bool = True  # False: no losses against boxes of the ground truth, the teachers' only
+    # Whose true boxes teach the student: true: those of all keyframes; a split, as train[::4]: its own; false: none.
+    # What its teachers say and the depth of all keyframes teach it in any case.
+    truth: bool | str = True
+    truth_share: Fraction | None = None  # of a split: share of each step that has truth; null: as the samples come
     row: str | None = None  # of a paper's table that this variant reproduces
+
+    @model_validator(mode="after")
+    def _mixes_a_split(self) -> Self:
+        if self.truth_share is not None and self.labelled is None:
+            raise ValueError(f"truth_share {self.truth_share} mixes a split with the rest: name it in truth")
+        return self
+
+    @property
+    def labelled(self) -> str | None:
+        """The split whose true boxes are known; None: all are."""
+        return self.truth if isinstance(self.truth, str) else None
 
     @property
     def starts(self) -> list[TeacherStart]:

@@ -12,6 +12,7 @@ from base.watching import WATCHED
 from distill.adversarial import AdversarialTerm
 from distill.features import MapTerm, check_tasks
 from distill.output import BoxTerm, HeadTerm
+from distill.pseudo_labels import HeadLosses, PseudoLabels
 from distill.relations import RELATIONS
 from distill.term import Term
 from distill.terms import TermConfig
@@ -31,6 +32,7 @@ class Recipe(nn.Module):
         teacher_channels: channels of the teachers' dense taps, by `<store>.<tap>`.
         statistics: standard deviation per channel [C] of the teachers' dense taps; 1 where absent.
         stride: pixels per cell of the student's tap `pv`; terms in the image need it.
+        losses: of the student's head, `models.head.center_head.GridCenterHead.losses`; pseudo labels need it.
 
     Raises:
         ValueError: naming the term and what does not fit.
@@ -45,13 +47,14 @@ class Recipe(nn.Module):
         statistics: Mapping[str, Tensor] | None = None,
         *,
         stride: int | None = None,
+        losses: HeadLosses | None = None,
     ) -> None:
         super().__init__()
         self.terms: dict[str, Term] = {}
         for name, config in terms.items():
             try:
                 self.terms[name] = build_term(
-                    config, targets, student_channels, teacher_channels, statistics or {}, stride
+                    config, targets, student_channels, teacher_channels, statistics or {}, stride, losses
                 )
             except ValueError as error:
                 raise ValueError(f"term '{name}': {error}") from error
@@ -105,9 +108,12 @@ def build_term(
     teacher_channels: Mapping[str, int],
     statistics: Mapping[str, Tensor],
     stride: int | None,
+    losses: HeadLosses | None,
 ) -> Term:
     """The term of a config: by its distance where that has a model of its own, else by the teacher's tap."""
     tap = config.teacher.tap
+    if config.distance == "labels":
+        return PseudoLabels(config, targets, losses)
     if config.distance == "maskrcnn":
         if stride is None:
             raise ValueError("maskrcnn learns in the image: the student has no image neck")

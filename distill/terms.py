@@ -72,6 +72,7 @@ class TermConfig(Written):
         "similarity",
         "bce_adv",
         "maskrcnn",
+        "labels",
     ]
     weight: float = Field(ge=0)
     start: float = Field(default=0.0, ge=0, le=1)  # fraction of training after which the term counts

@@ -23,6 +23,7 @@ class Batch(Protocol):
     boxes: list[Tensor]  # of [M, 9]: x, y, z_bottom, length, width, height, yaw, vx, vy; augmented frame
     labels: list[Tensor]  # of [M] int64
     depth: Tensor  # [B, N, h, w] metres, 0 where unknown; training only
+    labelled: Tensor  # [B] bool, whether the boxes are known; training only
 
 
 class Prediction(NamedTuple):

@@ -80,7 +80,7 @@ class Checks:
         for name in study.detectors:
             teacher = self.params.teachers[name]
             yield from self._of_model(f"teachers.{name}", teacher.model, teacher.train)
-            yield from self._of_split(name)
+            yield from self._of_split(f"teachers.{name}.split", teacher.split)
             yield from self._of_import(f"teachers.{name}.start", self._teacher(name), teacher.start)
             yield from self._of_second_step(name)
         for name in study.segmenters:
@@ -149,17 +149,17 @@ class Checks:
         except StageError as error:
             yield f"segmenters.{name}: {error}"
 
-    def _of_split(self, name: str) -> Iterator[str]:
-        """The split that a teacher learns from is a part of one that is indexed."""
-        if (split := self.params.teachers[name].split) is None:
+    def _of_split(self, where: str, split: str | None) -> Iterator[str]:
+        """A split that something learns from is a part of one that is indexed."""
+        if split is None:
             return
         parts = [part for part in self.params.data.splits.model_dump().values() if part]
         try:
             indexed = dict.fromkeys(devkit_split(part)[0] for part in parts)
             if (whole := devkit_split(split)[0]) not in indexed:
-                yield f"teachers.{name}.split: {split!r} is no part of what data.splits names{suggest(whole, indexed)}"
+                yield f"{where}: {split!r} is no part of what data.splits names{suggest(whole, indexed)}"
         except ValueError as error:
-            yield f"teachers.{name}.split: {error}"
+            yield f"{where}: {error}"
 
     def _of_import(self, where: str, model: nn.Module | None, start: Any) -> Iterator[str]:
         """Weights from elsewhere are there, are the ones that were meant, and fit."""
@@ -210,9 +210,19 @@ class Checks:
         variant, settings = self.params.variants[name], self.params.student(name)
         whose = f"variants.{name}" if variant.model or variant.train else f"students.{variant.student}"
         yield from self._of_model(whose, settings.model, settings.train)
+        yield from self._of_split(f"variants.{name}.truth", variant.labelled)
+        yield from self._of_share(name, variant.truth_share, settings.train.batch_size)
         if (student := self._detector(settings.model)) is not None:
             yield from self._of_starts(name, student, settings)
             yield from self._of_terms(name, student)
+
+    def _of_share(self, name: str, share: float | None, batch_size: int) -> Iterator[str]:
+        """A step that mixes samples with and without truth holds both."""
+        if share is not None and not 0 < (count := round(share * batch_size)) < batch_size:
+            yield (
+                f"variants.{name}.truth_share: {share} of a step of {batch_size} samples is {count}: at least one must "
+                "have truth, and one must not"
+            )
 
     def _of_starts(self, name: str, student: Detector, settings: StudentParams) -> Iterator[str]:
         variant = self.params.variants[name]
@@ -239,7 +249,7 @@ class Checks:
             }  # fmt: skip
             try:
                 Recipe({term: config}, student.targets, student.tap_channels, channels,
-                       stride=getattr(student, "stride", None))  # fmt: skip
+                       stride=getattr(student, "stride", None), losses=student.head.losses)  # fmt: skip
             except ValueError as error:
                 words = str(error).removeprefix(f"term '{term}': ")
                 yield f"variants.{name}.terms.{term}: {words}"

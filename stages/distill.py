@@ -29,6 +29,7 @@ from stages.teaching.identity import store_identity
 from stages.teaching.sources import OnlineTeacher, Sources
 from stages.teaching.taught import TaughtDataset, collate_taught
 from training.config import TrainConfig
+from training.sampler import LabelMix
 from training.seeding import MODEL, RECIPE, seed_everything
 from training.trainer import train
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Distillation:
-    """A student with the losses against the truth and those of its recipe."""
+    """A student with the losses against the truth, where that is known, and those of its recipe."""
 
     def __init__(
         self, student: Detector, recipe: Recipe, sources: Callable[[Any], dict[str, Any]], truth: bool = True
@@ -78,15 +79,33 @@ def run(context: StageContext) -> None:
     sources = open_sources(context, terms, student.targets)
     statistics = tap_statistics(context, sources)
     seed_everything(RECIPE, seed)
-    task = Distillation(student, make_recipe(student, terms, statistics), sources, chosen.truth)
-    samples = samples_of(context, student, sources, seed, settings.bev)
+    task = Distillation(student, make_recipe(student, terms, statistics), sources, chosen.truth is not False)
+    samples = samples_of(context, student, sources, seed, settings.bev, chosen.labelled)
     dataset, collate_batch = taught(samples, task.recipe, sources)
     config = of_student(settings.train)
-    weights = train(task, dataset, collate_batch, config, context.training(seed), samples.classes)
+    order = label_mix(context, samples, chosen.truth_share, config.batch_size)
+    weights = train(task, dataset, collate_batch, config, context.training(seed), samples.classes, order)
     if context.rank == 0:
         exported = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
         save_detector(context.scratch / "model", settings.model, exported)
     context.publish(context.scratch / "model", f"outputs/students/{context.key}")
+
+
+def label_mix(context: StageContext, samples: NuScenesDataset, share: float | None, batch_size: int) -> LabelMix | None:
+    """The order of samples in which each step has its share of truth; None: as they come.
+
+    Raises:
+        StageError: no sample has truth, or the share cannot be had.
+    """
+    variant = f"variants.{split_key(context.item)[0]}"
+    if not samples.labelled.any():
+        raise StageError(f"{variant}.truth: no keyframe that students learn from is of that split")
+    if share is None:
+        return None
+    try:
+        return LabelMix(samples.labelled, share, batch_size)
+    except ValueError as error:
+        raise StageError(f"{variant}.truth_share: {error}") from None
 
 
 def of_student(config: TrainConfig) -> TrainConfig:
@@ -166,19 +185,35 @@ def make_recipe(student: Detector, terms: Mapping[str, TermConfig], statistics: 
     channels = {name: len(std) for name, std in statistics.items()}
     try:
         stride = getattr(student, "stride", None)  # of students that read images
-        return Recipe(terms, student.targets, student.tap_channels, channels, statistics, stride=stride)
+        return Recipe(
+            terms,
+            student.targets,
+            student.tap_channels,
+            channels,
+            statistics,
+            stride=stride,
+            losses=student.head.losses,
+        )
     except ValueError as error:
         raise StageError(str(error)) from error
 
 
 def samples_of(
-    context: StageContext, student: Detector, sources: Sources, seed: int, bev: BevConfig | None = None
+    context: StageContext,
+    student: Detector,
+    sources: Sources,
+    seed: int,
+    bev: BevConfig | None = None,
+    labelled: str | None = None,
 ) -> NuScenesDataset:
-    """The student's training data, with what online teachers read of the same samples; `bev` instead of input.bev."""
+    """The student's training data, with what online teachers read of the same samples.
+
+    `bev` stands instead of input.bev; the boxes of keyframes that are not of the split `labelled` are left out.
+    """
     params = context.params
     beside = [teacher.detector for teacher in sources.online.values()]
     split = params.data.splits.of_students
-    return training_dataset(context.root, params, student, seed, split, beside=beside, bev=bev)
+    return training_dataset(context.root, params, student, seed, split, beside=beside, bev=bev, labelled=labelled)
 
 
 def taught(samples: NuScenesDataset, recipe: Recipe, sources: Sources) -> tuple[Dataset[Any], Callable[[Any], Any]]:

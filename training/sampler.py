@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,6 +64,67 @@ class ClassBalance:
         return generator.permutation(np.concatenate(drawn))
 
 
+class LabelMix:
+    """Samples with and without labels in a set proportion in every step.
+
+    Where few samples are labelled, steps that happen to have none would learn from teachers alone. Both kinds are
+    shown whole permutations one after another, however often that shows a sample in an epoch, which is as long as
+    there are samples.
+    """
+
+    def __init__(self, labelled: Sequence[bool] | np.ndarray, share: float, batch_size: int) -> None:
+        """Count how many of a step are labelled.
+
+        Args:
+            labelled: of each sample.
+            share: of a step's samples that have labels, rounded to whole samples.
+            batch_size: samples of a step over all processes.
+
+        Raises:
+            ValueError: steps would hold but one kind, or there is but one.
+        """
+        known = np.asarray(labelled, bool)
+        self.count, self.batch_size, self.length = round(share * batch_size), batch_size, len(known)
+        if not 0 < self.count < batch_size:
+            raise ValueError(f"a share of {share} labelled samples is {self.count} of a step of {batch_size}")
+        self.kinds = np.flatnonzero(known), np.flatnonzero(~known)
+        if not all(map(len, self.kinds)):
+            which = "labelled" if len(self.kinds[0]) else "without labels"
+            raise ValueError(f"all {self.length} samples are {which}: there is nothing to mix")
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return self.length
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Samples of an epoch's whole steps in the order in which they are shown."""
+        generator, steps = _generator(seed, epoch), self.length // self.batch_size
+        parts = (self.count, self.batch_size - self.count)
+        shown = [
+            _repeated(generator, kind, steps * part).reshape(steps, part)
+            for kind, part in zip(self.kinds, parts, strict=True)
+        ]
+        return generator.permuted(np.concatenate(shown, axis=1), axis=1).ravel()
+
+
+def _repeated(generator: np.random.Generator, members: np.ndarray, count: int) -> np.ndarray:
+    """So many of the members, as permutations one after another."""
+    rounds = max(1, -(-count // len(members)))
+    return np.concatenate([generator.permutation(members) for _ in range(rounds)])[:count]
+
+
+class Order(Protocol):
+    """Which samples an epoch shows, in place of a permutation of all."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Samples of an epoch in the order in which they are shown."""
+        ...
+
+
 def _generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, epoch]))
 
@@ -88,19 +149,19 @@ class StepBatches(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
-        balance: ClassBalance | None = None,
+        order: Order | None = None,
     ) -> None:
         if batch_size % (world * accumulate):
             raise ValueError(
                 f"batch_size {batch_size} does not divide into {world} processes x {accumulate} accumulated parts: "
                 f"choose a multiple of {world * accumulate}"
             )
-        if balance is not None:
-            length = len(balance)
+        if order is not None:
+            length = len(order)
         if length < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the dataset of {length} samples")
         self.length, self.batch_size, self.seed, self.first = length, batch_size, seed, first
-        self.balance = balance
+        self.order = order
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.steps_per_epoch = length // batch_size
         self.total_steps = epochs * self.steps_per_epoch
@@ -115,15 +176,15 @@ class StepBatches(Sampler[list[Key]]):
         for step in range(self.first, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step == self.first or step_in_epoch == 0:
-                order = self._order(epoch)
+                shown = self._order(epoch)
             start = step_in_epoch * self.batch_size + self.rank * part * self.accumulate
             for micro in range(self.accumulate):
                 positions = range(start + micro * part, start + (micro + 1) * part)
-                yield [Key(epoch, position, int(order[position])) for position in positions]
+                yield [Key(epoch, position, int(shown[position])) for position in positions]
 
     def _order(self, epoch: int) -> np.ndarray:
-        if self.balance is not None:
-            return self.balance.order(self.seed, epoch)
+        if self.order is not None:
+            return self.order.order(self.seed, epoch)
         return epoch_order(self.length, self.seed, epoch)
 
 

@@ -32,7 +32,7 @@ from training.ema import EMA
 from training.gradients import gradient_norms
 from training.loading import load_weights
 from training.run import Run
-from training.sampler import ClassBalance, KeyedDataset, StepBatches, start_worker
+from training.sampler import ClassBalance, KeyedDataset, Order, StepBatches, start_worker
 from training.schedule import learning_rate
 from training.seeding import STEP, make_deterministic, seed_everything
 
@@ -99,6 +99,7 @@ def train(
     config: TrainConfig,
     run: Run,
     classes: Callable[[], Sequence[Iterable[int]]] | None = None,
+    order: Order | None = None,
 ) -> dict[str, Tensor]:
     """Train to the end, from the newest checkpoint in `run.scratch` if there is one.
 
@@ -109,6 +110,7 @@ def train(
         config: the settings; `batch_size` counts all processes together.
         run: seed, folder, curves, and whether to stop.
         classes: of the objects of each sample, by its index; asked for where `config.balanced`.
+        order: which samples an epoch shows; None: all, or as `config.balanced` says.
 
     Returns:
         Averaged state (EMA) of `task.module` on the CPU; with `ema_decay` 0 the last one.
@@ -119,8 +121,8 @@ def train(
         CheckpointError: the checkpoint in `run.scratch` belongs to another configuration or number of processes.
         PipelineError: `config.balanced` without `classes`.
     """
-    balance = class_balance(classes, run.label) if config.balanced else None
-    return Trainer(task, dataset, collate, config, run, balance).fit()
+    order = class_balance(classes, run.label) if config.balanced else order
+    return Trainer(task, dataset, collate, config, run, order).fit()
 
 
 def class_balance(classes: Callable[[], Sequence[Iterable[int]]] | None, label: str) -> ClassBalance:
@@ -268,7 +270,7 @@ class Trainer:
         collate: Callable[[list[Any]], Any],
         config: TrainConfig,
         run: Run,
-        balance: ClassBalance | None = None,
+        order: Order | None = None,
     ) -> None:
         make_deterministic()
         precision = precision_here(config.precision)
@@ -277,7 +279,7 @@ class Trainer:
         self.fabric = make_fabric(precision)
         self.fabric.launch()
         self.config, self.run = config, run
-        self.dataset, self.collate, self.balance = dataset, collate, balance
+        self.dataset, self.collate, self.order = dataset, collate, order
         freeze(task.module, config.lr_factors)
         self.module = self.fabric.to_device(task.module).train()
         self.student = task.student
@@ -405,7 +407,7 @@ class Trainer:
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
             accumulate=self.config.accumulate,
-            balance=self.balance,
+            order=self.order,
         )
 
     def _feed(self) -> Iterator[Any]:

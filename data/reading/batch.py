@@ -32,6 +32,7 @@ class Sample:
     boxes: Tensor  # [M, 9]
     labels: Tensor  # [M] int64
     depth: Tensor  # [6, H / stride, W / stride]
+    labelled: bool = True
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Batch:
     boxes: list[Tensor]  # of [M, 9], see data.reading.boxes; augmented frame
     labels: list[Tensor]  # of [M] int64, positions in CLASSES
     depth: Tensor  # [B, 6, H / stride, W / stride] in m, 0 where unknown; supervision of training only
+    labelled: Tensor  # [B] bool; where False, that there are no boxes says nothing
     # Teacher outputs: boxes in the augmented frame, instances in the augmented images of frame 0, stored maps in the
     # LiDAR frame (stages.teaching.taught)
     teacher: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +86,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         boxes=[sample.boxes for sample in samples],
         labels=[sample.labels for sample in samples],
         depth=torch.stack([sample.depth for sample in samples]),
+        labelled=torch.tensor([sample.labelled for sample in samples]),
     )
 
 

@@ -51,6 +51,7 @@ class NuScenesDataset(Dataset[Sample]):
         train: bool,
         seed: int = 0,
         modalities: Collection[str] | None = None,
+        labelled: str | None = None,
     ) -> None:
         """Open a split.
 
@@ -63,6 +64,7 @@ class NuScenesDataset(Dataset[Sample]):
             train: whether to augment, and load everything by default.
             seed: of the augmentation.
             modalities: what to load instead of the default; a subset of MODALITIES.
+            labelled: split whose boxes are given; those of other keyframes are left out. None: all are given.
         """
         default = MODALITIES if train else frozenset({"images", "radar"})
         self.modalities = frozenset(default if modalities is None else modalities)
@@ -72,6 +74,8 @@ class NuScenesDataset(Dataset[Sample]):
         self.dataroot, self.split, self.config, self.grid = Path(dataroot), split, config, grid
         self.train, self.seed = train, seed
         self.rows = self.index.rows(split)
+        known = self.rows if labelled is None else self.index.rows(labelled)
+        self.labelled: NDArray[np.bool_] = np.isin(self.rows, known)  # [N], whether the boxes of a sample are given
         self.decoded = None if train and config.image.augments else DecodedImages(self._kept_images())
         cv2.setNumThreads(0)  # the loader's workers are the parallelism
 
@@ -84,9 +88,12 @@ class NuScenesDataset(Dataset[Sample]):
         return self.index.tokens(self.split)
 
     def classes(self) -> list[set[int]]:
-        """Labels of each sample's boxes that a LiDAR or RADAR point has seen, by index."""
+        """Labels of each sample's boxes that are given and that a LiDAR or RADAR point has seen, by index."""
         annotations = (self.index.annotations(int(row)) for row in self.rows)
-        return [set(found.labels[found.valid].tolist()) for found in annotations]
+        return [
+            set(found.labels[found.valid & labelled].tolist())
+            for found, labelled in zip(annotations, self.labelled, strict=True)
+        ]
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         """The sample of a key; a plain index means epoch 0 and the position of that index.
@@ -102,7 +109,7 @@ class NuScenesDataset(Dataset[Sample]):
         frames = self._frames(record)
         lidar_SE3_cam = np.stack([self._lidar_SE3_cam(record, frame) for frame in frames])
         points, depth = self._lidar(record, image_aug, lidar_SE3_cam[0], bev_aug)
-        boxes, labels = self._boxes(record, bev_aug)
+        boxes, labels = self._boxes(record, bev_aug, given=bool(self.labelled[index]))
         return Sample(
             token=record.token,
             images=self._images(frames, image_aug),
@@ -116,6 +123,7 @@ class NuScenesDataset(Dataset[Sample]):
             boxes=boxes,
             labels=labels,
             depth=depth,
+            labelled=bool(self.labelled[index]),
         )
 
     def _frames(self, record: Record) -> list[Record]:
@@ -185,9 +193,9 @@ class NuScenesDataset(Dataset[Sample]):
         radar[:, 4:6] = radar[:, 4:6] @ bev_aug[:2, :2].T.astype(np.float32)
         return torch.from_numpy(radar[self._in_grid(radar)])
 
-    def _boxes(self, record: Record, bev_aug: Float64) -> tuple[Tensor, Tensor]:
+    def _boxes(self, record: Record, bev_aug: Float64, *, given: bool) -> tuple[Tensor, Tensor]:
         """Boxes [M, 9] in the augmented frame and labels [M] of what a point has seen inside the grid."""
-        if "boxes" not in self.modalities:
+        if "boxes" not in self.modalities or not given:
             return torch.empty((0, 9)), torch.empty(0, dtype=torch.int64)
         valid = record.annotations.valid
         boxes = transform_boxes(torch.from_numpy(record.annotations.boxes[valid]), torch.from_numpy(bev_aug)).float()

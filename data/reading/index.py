@@ -26,7 +26,7 @@ CAMERAS: Final = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", 
 LIDAR: Final = "LIDAR_TOP"
 RADARS: Final = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LEFT", "RADAR_BACK_RIGHT")
 
-_PART: Final = re.compile(r"([^][]+)\[(-?\d+)?:(-?\d+)?\]")
+_PART: Final = re.compile(r"([^][]+)\[(-?\d+)?:(-?\d+)?(?::([1-9]\d*))?\]")
 
 
 class IndexFormatError(PipelineError, ValueError):
@@ -39,18 +39,18 @@ def devkit_split(split: str) -> tuple[str, slice]:
     `train` means all of them, `train[:64]` the first 64, `train[-16:]` the last 16.
 
     Raises:
-        ValueError: there are brackets, but no slice of whole numbers without a step between them.
+        ValueError: there are brackets, but no slice of whole numbers, with a step above 0 if any, between them.
     """
     if "[" not in split and "]" not in split:
         return split, slice(None)
     part = _PART.fullmatch(split)
     if part is None:
         raise ValueError(
-            f"split {split!r}: a part is written like a Python slice over scenes, as train[:64] or train[-16:]. "
+            f"split {split!r}: a part is written like a Python slice over scenes, as train[:64], train[-16:] or "
+            "train[::4]. "
             "Set data.splits."
         )
-    start, stop = (None if bound is None else int(bound) for bound in part.groups()[1:])
-    return part[1], slice(start, stop)
+    return part[1], slice(*(None if bound is None else int(bound) for bound in part.groups()[1:]))
 
 
 def scenes_of_split(split: str, names: Iterable[str]) -> list[str]:

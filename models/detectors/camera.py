@@ -18,7 +18,6 @@ from torch import Tensor
 
 from models.detectors.detector import Detector
 from models.detectors.radar import RadarMap
-from models.head.center_head import GridCenterHead
 from models.layers.depth_net import DepthBins, depth_loss
 from models.layers.grid import Grid
 from models.layers.images import ImageEncoder, depth_at, first, resized, total_channels
@@ -84,7 +83,7 @@ class CameraDetector(Detector):
         self.bev_neck = MODELS.build(neck)
         neck_channels = total_channels(neck["out_channels"])
         head = {"type": "GridCenterHead", **head, "grid": vars(self.grid), "in_channels": neck_channels}
-        self.head: GridCenterHead = MODELS.build(head)
+        self.head = MODELS.build(head)
         self.targets = self.head.targets
         self.tap_channels = {"pv": self.images.channels, "bev_fused": fused_channels, "bev_neck": neck_channels}
         if self.bins is not None:
@@ -126,7 +125,7 @@ class CameraDetector(Detector):
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         """`heatmap`, `box` and, where it is weighted, `depth`, the mean over the lifts."""
-        losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
+        losses = self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels), batch.labelled)
         if self.learns_depth:
             assert self.bins is not None
             supervision = batch.depth if self.image is None else depth_at(batch, self.image, self.stride)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from models.head.center_head import GridCenterHead
 from models.head.targets import TargetEncoder
 from models.layers.initialising import initialise
 from models.ports import Batch, Detections, Prediction
@@ -20,6 +21,7 @@ class Detector(nn.Module, ABC):
     # The batch's sensor data that `forward` reads, of `images`, `points`, `radar`; no other need be loaded.
     sensors: tuple[str, ...]
     tap_channels: dict[str, int]  # channels of the taps of this detector that are dense maps
+    head: GridCenterHead
     targets: TargetEncoder  # how boxes become head targets on this detector's grid
     frames: int = 1  # keyframes of the batch that `forward` reads; no other need be loaded
     truth_losses: tuple[str, ...] = ("heatmap", "box")  # those of the losses that compare with the true boxes

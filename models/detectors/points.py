@@ -18,7 +18,6 @@ from torch import Tensor
 
 import models.layers.pillars  # noqa: F401 (registers its encoder)
 from models.detectors.detector import Detector
-from models.head.center_head import GridCenterHead
 from models.layers.grid import Grid
 from models.layers.padded_points import lift_padded
 from models.layers.registry import MODELS
@@ -137,7 +136,7 @@ class PointCenterPoint(Detector, PointLift):
         self.neck = MODELS.build(neck)
         neck_channels = sum(neck["out_channels"])
         head = {"type": "GridCenterHead", **head, "grid": grid, "in_channels": neck_channels}
-        self.head: GridCenterHead = MODELS.build(head)
+        self.head = MODELS.build(head)
         self.targets = self.head.targets
         self.tap_channels = {"bev_lift": backbone["in_channels"], "bev_neck": neck_channels}
 
@@ -164,7 +163,7 @@ class PointCenterPoint(Detector, PointLift):
 
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         """`heatmap` and `box`."""
-        return self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels))
+        return self.head.losses(prediction.head, self.targets(batch.boxes, batch.labels), batch.labelled)
 
     def decode(self, prediction: Prediction) -> list[Detections]:
         """Boxes of each sample, in the frame of the batch's points."""

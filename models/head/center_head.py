@@ -199,14 +199,23 @@ class GridCenterHead(BaseModule):
             assert isinstance(task, BaseModule)
             task.init_weights()
 
-    def losses(self, head: list[dict[str, Tensor]], targets: Targets) -> dict[str, Tensor]:
+    def losses(
+        self, head: list[dict[str, Tensor]], targets: Targets, labelled: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Gaussian focal and L1 losses, each the sum over tasks of a mean over that task's objects.
 
         Objects of all processes: mmdet3d takes the mean over a process's own, so that its losses depend on which
         process has which sample.
+
+        Args:
+            head: maps of each task.
+            targets: of the boxes.
+            labelled: bool [B], the samples whose boxes are known; others must have none, and their heatmaps do not
+                count. None: all.
         """
         heat = torch.cat([task["heatmap"] for task in head], dim=1)
-        cells = gaussian_focal_loss(heat, targets.heatmap).sum((0, 2, 3))
+        focal = gaussian_focal_loss(heat, targets.heatmap)
+        cells = (focal if labelled is None else focal * labelled.view(-1, 1, 1, 1)).sum((0, 2, 3))
         peaks = (targets.heatmap == 1).sum((0, 2, 3))
         task_of_class = torch.tensor(self.targets.task_of_class, device=heat.device)
         task_peaks = torch.zeros(len(head), device=heat.device).index_add(0, task_of_class, peaks.float())

@@ -70,7 +70,8 @@ class Student(nn.Module):
         identity = torch.eye(4, device=first.device).expand(len(first), 4, 4)
         given: dict[str, Any] = {name: inputs.get(name, nothing) for name in (*CAMERA_INPUTS, "has_previous")}
         radar = returns(inputs) if "radar" in inputs else []
-        batch = Batch([], bev_aug=identity, points=[], radar=radar, boxes=[], labels=[], depth=nothing, **given)
+        given |= {"bev_aug": identity, "depth": nothing, "labelled": nothing}
+        batch = Batch([], points=[], radar=radar, boxes=[], labels=[], **given)
         head = self.student(batch).head
         return {f"task{number}_{name}": value for number, task in enumerate(head) for name, value in task.items()}
 

@@ -77,9 +77,12 @@ def recipes(variants: Mapping[str, Mapping[str, Any]]) -> list[Recipe]:
 
 
 def _overrides(entry: Mapping[str, Any]) -> str:
-    """What a variant changes of its student's settings, and whether it does without the labelled boxes."""
+    """What a variant changes of its student's settings, and which labelled boxes it learns from if not from all."""
+    truth = entry.get("truth", True)
+    labels = f"labelled boxes of {truth} alone" if isinstance(truth, str) else "no loss against labelled boxes"
+    share = f"{entry['truth_share']:.0%} of each step labelled" if entry.get("truth_share") else ""
     changed = _words({key: entry[key] for key in ("model", "train") if entry.get(key)})
-    return "; ".join(filter(None, ["" if entry.get("truth", True) else "no loss against labelled boxes", changed]))
+    return "; ".join(filter(None, ["" if truth is True else labels, share, changed]))
 
 
 def _term(name: str, parts: Mapping[str, Any]) -> Term:

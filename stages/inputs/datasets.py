@@ -25,10 +25,12 @@ def training_dataset(
     *,
     beside: Collection[Detector] = (),
     bev: BevConfig | None = None,
+    labelled: str | None = None,
 ) -> NuScenesDataset:
     """A split, augmented, with what the detector reads and what its losses compare with.
 
-    `beside` are detectors that read the same samples; `bev` augments scenes instead of input.bev.
+    `beside` are detectors that read the same samples; `bev` augments scenes instead of input.bev; `labelled` is the
+    split whose boxes are given, None: all are.
 
     Raises:
         StageError: one of them reads RADAR, and `input.radar` is off, or the previous keyframe, and there is none.
@@ -44,7 +46,17 @@ def training_dataset(
             )
     changes: dict[str, Any] = {"frames": frames_of(params, *readers)}
     changes |= {} if bev is None else {"bev": bev.model_dump()}
-    return _dataset(root, params, split, train=True, modalities=modalities, seed=seed, grid=params.grid, **changes)
+    return _dataset(
+        root,
+        params,
+        split,
+        train=True,
+        modalities=modalities,
+        seed=seed,
+        grid=params.grid,
+        labelled=labelled,
+        **changes,
+    )
 
 
 def plain_dataset(
@@ -98,6 +110,7 @@ def _dataset(
     modalities: Collection[str],
     seed: int,
     grid: GridConfig,
+    labelled: str | None = None,
     **changes: Any,
 ) -> NuScenesDataset:
     """A split with the input of the parameters, `changes` laid over it."""
@@ -111,4 +124,5 @@ def _dataset(
         train=train,
         seed=seed,
         modalities=modalities,
+        labelled=labelled,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,32 @@ def test_the_number_of_workers_changes_nothing(dataset: NuScenesDataset, workers
     loader = DataLoader(dataset, sampler=KEYS, batch_size=None, num_workers=workers)
     for sample, key in zip(loader, KEYS, strict=True):
         assert_equal(sample, dataset[key])
+
+
+def test_boxes_of_other_scenes_are_left_out_and_nothing_else(
+    city_index: Index, city: Path, config: InputConfig, grid: GridConfig
+) -> None:
+    whole = NuScenesDataset(city_index, city, "val", config, grid, train=True, seed=5)
+    few = NuScenesDataset(city_index, city, "val", config, grid, train=True, seed=5, labelled="val[::2]")
+    known = set(city_index.rows("val[::2]").tolist())
+    expected = [int(row) in known for row in whole.rows]
+    assert few.labelled.tolist() == expected
+    assert any(expected)
+    assert not all(expected)
+    assert whole.labelled.all()
+    for index, labelled in enumerate(expected):
+        one, other = whole[index], few[index]
+        assert len(one.boxes)
+        assert other.labelled == labelled
+        if labelled:
+            assert_equal(one, other)
+            continue
+        assert len(other.boxes) == len(other.labels) == 0
+        assert_equal(one, dataclasses.replace(other, boxes=one.boxes, labels=one.labels, labelled=True))
+    assert [classes if labelled else set() for classes, labelled in zip(whole.classes(), expected, strict=True)] == (
+        few.classes()
+    )
+    assert collate([few[0], few[1]]).labelled.tolist() == expected[:2]
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:

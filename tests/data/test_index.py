@@ -213,6 +213,8 @@ def test_a_part_is_a_slice_over_the_scenes_in_order_of_name(city_index: Index, c
         ]
         assert tokens == [city_index.sample(int(row)).token for row in city_index.rows(split)]
     assert city_index.tokens("val[:]") == city_index.tokens("val")
+    assert city_index.scenes("val[::2]") == names[::2]
+    assert city_index.scenes("val[1::3]") == names[1::3]
     assert city_index.scenes("train") == sorted({city_index.sample(row).scene for row in city_index.rows("train")})
 
 
@@ -221,7 +223,8 @@ def test_a_part_is_a_slice_over_the_scenes_in_order_of_name(city_index: Index, c
     [
         ("val[2:]", r"'val\[2:\]' has no scene: 'val' has 2 of them"),
         ("val[1]", r"'val\[1\]': a part is written like .* train\[:64\]"),
-        ("val[::2]", "a part is written like"),
+        ("val[::0]", "a part is written like"),
+        ("val[::-1]", "a part is written like"),
         ("[:1]", "a part is written like"),
         ("val[:1", "a part is written like"),
         ("test[:1]", "'test' is not in the index .* train, val"),

@@ -99,6 +99,7 @@ def recipe(student: Detector, teacher_channels: int = 12, std: Tensor | None = N
         channels,
         None if std is None else {"lidar.bev_lift": std},
         stride=8,
+        losses=student.head.losses,
     )
 
 
@@ -621,6 +622,27 @@ def test_wrong_term_configs_are_named(change: dict[str, Any], message: str) -> N
         TermConfig(**(CLS | change))
 
 
+def test_pseudo_labels_are_the_truth_of_samples_that_have_none(student: Detector) -> None:
+    batch, boxes = random_batch(), [teacher_boxes(8, 1), teacher_boxes(8, 2)]
+    batch.labelled = torch.tensor([True, False])
+    prediction = student(batch)
+    terms = recipe(student, x=CLS | {"distance": "labels", "weight": 1.0})
+
+    def loss(given: list[Tensor]) -> Tensor:
+        return terms(prediction, {"lidar.boxes": given}, batch, 0.0)["x"]
+
+    sure = boxes[1][boxes[1][:, 9] > 0.3]
+    assert 0 < len(sure) < 8
+    alone = [{name: value[1:] for name, value in task.items()} for task in prediction.head]
+    expected = student.head.losses(alone, student.targets([sure[:, :9]], [sure[:, 10]]))
+    torch.testing.assert_close(loss(boxes), sum(expected.values()))
+    assert loss([teacher_boxes(3, 7), boxes[1]]) == loss(boxes)  # of a labelled sample a teacher's boxes are not asked
+    assert loss([boxes[0], sure]) == loss(boxes)
+    assert loss([boxes[0], boxes[1][:0]]) != loss(boxes)
+    batch.labelled = torch.tensor([True, True])
+    assert loss(boxes) == 0
+
+
 def test_the_schema_knows_every_name_and_no_other() -> None:
     def allowed(section: type[BaseModel], key: str) -> set[str]:
         return set(get_args(section.model_fields[key].annotation))
@@ -628,5 +650,5 @@ def test_the_schema_knows_every_name_and_no_other() -> None:
     assert allowed(MaskConfig, "kind") == {*MASKS, "teacher_conf", "gt_centers", "visible_views"}
     assert allowed(AdapterConfig, "kind") == {*ADAPTERS, "grl_disc", "mask_rcnn"}
     assert allowed(TermConfig, "distance") == {
-        *ELEMENTWISE, *DISTANCES, *RELATIONS, *HeadTerm.distances, "bce_adv", "maskrcnn"
+        *ELEMENTWISE, *DISTANCES, *RELATIONS, *HeadTerm.distances, "bce_adv", "maskrcnn", "labels"
     }  # fmt: skip

@@ -75,6 +75,7 @@ def random_batch(
         points=list(points - torch.tensor([extent, extent, 2.5, 0, 0])),
         boxes=[pair[0] for pair in pairs],
         labels=[pair[1] for pair in pairs],
+        labelled=torch.ones(batch_size, dtype=torch.bool),
         depth=torch.rand(batch_size, CAMERAS, height // stride, width // stride, generator=generator) * 20,
         radar=[random_radar(120, extent, seed + i) for i in range(batch_size)],
         teacher={},

@@ -191,6 +191,25 @@ def test_losses_equal_on_random_maps_with_known_velocities() -> None:
         torch.testing.assert_close(mine[name], total, rtol=1e-4, atol=1e-4)
 
 
+def test_samples_without_labels_do_not_count() -> None:
+    """The losses of a batch are then those of its labelled samples alone, and the others get no gradient."""
+    ours, _ = heads(1.6, 1)
+    maps = [{name: value.requires_grad_() for name, value in task.items()} for task in random_maps(TASKS, 64)]
+    known = random_boxes(40, 0)
+    none = (known[0][:0], known[1][:0])
+    found = ours.losses(maps, ours.targets(*zip(known, none, strict=True)), torch.tensor([True, False]))
+    alone = [{name: value[:1] for name, value in task.items()} for task in maps]
+    expected = ours.losses(alone, ours.targets(*zip(known, strict=True)))
+    assert expected["heatmap"] > 0
+    assert expected["box"] > 0
+    torch.testing.assert_close(found, expected)
+    sum(found.values()).backward()
+    for task in maps:
+        assert all(value.grad[0].abs().sum() > 0 and value.grad[1].abs().sum() == 0 for value in task.values())
+    nothing = ours.losses(maps, ours.targets(*zip(none, none, strict=True)), torch.tensor([False, False]))
+    assert all(value == 0 for value in nothing.values())
+
+
 def detections(head: CenterHead, maps: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
     found = head.predict_by_feat([[dict(task)] for task in maps], [{"box_type_3d": LiDARInstance3DBoxes}] * 2)
     return [(sample.bboxes_3d.tensor, sample.scores_3d, sample.labels_3d) for sample in found]

@@ -106,6 +106,15 @@ SEGMENTER = {"image": [128, 352], "model": {}, "train": {"epochs": 1, "batch_siz
             {"variants__xod__truth": False, "variants__xod__terms": {"xfd": RELATION | {"distance": "l1"}}},
             ["variants.xod.truth: false, and its head needs a term to learn from"],
         ),
+        ({"variants__xod__truth_share": 0.5}, ["variants.xod: truth_share 0.5 mixes a split with the rest"]),
+        (
+            {
+                "variants__baseline__truth": "train[::4]",
+                "variants__baseline__truth_share": 0.5,
+                "variants__baseline__train": {"balanced": True},
+            },
+            ["variants.baseline.truth_share: its student's train.balanced draws the samples: choose one"],
+        ),
         (
             {"students__camera__start": {"teachr": "start"}},
             ["students.camera.start.0.teachr: unknown key; did you mean"],

@@ -76,6 +76,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
         {"train": {"lr_factors": {"bev_nek": 0.0}}},
         "variants.frozen-nothing.train.lr_factors: the model has no module 'bev_nek'; did you mean 'bev_neck'",
     ),
+    "misspelt-truth": (
+        {"truth": "trian[::4]"},
+        "variants.misspelt-truth.truth: 'trian[::4]' is no part of what data.splits names; did you mean 'train'",
+    ),
+    "all-truth": (
+        {"truth": "train[::4]", "truth_share": 0.9},
+        "variants.all-truth.truth_share: 0.9 of a step of 2 samples is 2: at least one must have truth",
+    ),
+    "pseudo-maps": (
+        {"terms": {"pseudo": RAW["terms"]["pseudo"] | {"teacher": "lidar.bev_lift"}}},
+        "variants.pseudo-maps.terms.pseudo: distance 'labels' takes a teacher's boxes for labels",
+    ),
     "no-tap": (
         {"terms": {"xfd": XFD | {"student": "bev_nek"}}},
         "variants.no-tap.terms.xfd: the student has no dense tap 'bev_nek': it has pv, bev_fused, bev_neck",

@@ -219,6 +219,36 @@ def test_without_truth_a_student_learns_from_its_teachers_and_from_depth(root: P
         parse(**headless)
 
 
+def test_few_labels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scene has truth, the others a teacher: each step holds both, and the truth of the others changes nothing."""
+    terms = {"pseudo": {"student": "head", "mask": BOX_MASK, "teacher": "exact.boxes", "distance": "labels",
+                        "weight": 1.0}} | terms_of("exact", "cls")  # fmt: skip
+    few = {"student": "camera", "truth": "train[:1]", "truth_share": 0.5, "terms": terms}
+    context = context_of(root, parse(variants={"few": few}), "distill", "few-0")
+    batches = []
+
+    class Seen(Distillation):
+        def loss(self, batch: Any, progress: float) -> dict[str, Tensor]:
+            batches.append(batch)
+            return super().loss(batch, progress)
+
+    monkeypatch.setattr(distill, "Distillation", Seen)
+    distill.run(context)
+    index = Index.open(root / "outputs/index")
+    known = set(index.tokens("train[:1]"))
+    assert known < set(index.tokens("train"))
+    for batch in batches:
+        assert batch.labelled.tolist() == [token in known for token in batch.tokens]
+        assert batch.labelled.sum() == 1
+        assert all(len(boxes) == 0 for boxes, labelled in zip(batch.boxes, batch.labelled, strict=True) if not labelled)
+    steps = [json.loads(line) for line in (context.scratch / "trace.jsonl").read_text().splitlines()]
+    assert len(steps) == SAMPLES // 2
+    assert all(step["heatmap"] > 0 and step["distill/pseudo"] > 0 and step["distill/cls"] > 0 for step in steps)
+    nowhere = parse(variants={"few": few | {"truth": "val"}})
+    with pytest.raises(StageError, match=r"variants\.few\.truth: no keyframe that students learn from is of"):
+        distill.run(context_of(root, nowhere, "distill", "few-1"))
+
+
 def started(start: TeacherStart | list[TeacherStart] | ImportParams | None) -> StudentParams:
     """Settings of a student with a start."""
     return StudentParams(start=start, model={}, train=TrainConfig(epochs=1, batch_size=1, lr=1.0))
