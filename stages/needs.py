@@ -30,7 +30,8 @@ def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
     Raises:
         MissingFileError: naming a teacher whose weights are not there.
     """
-    student, terms = params.student(variant), params.variants[variant].terms
+    chosen, student = params.variants[variant], params.student(variant)
+    terms = chosen.terms
     names = sorted({term.teacher.store for term in terms.values()})
     stores = {name: params.stores[name] for name in names}
     teachers = {store.teacher for store in stores.values()} | {start.teacher for start in student.starts}
@@ -41,7 +42,7 @@ def needs(root: Path, params: Params, variant: str) -> dict[str, Any]:
         "terms": [
             [name, term.model_dump(mode="json")] for name, term in terms.items()
         ],  # their draws follow their order
-        "truth": params.variants[variant].truth,
+        "truth": [chosen.truth, chosen.truth_share],
         "stores": {name: store.model_dump(mode="json") for name, store in stores.items()},
         "calibration_samples": params.store.calibration_samples,
         "files": {path: hash_files(root, [path]) for path in sorted(files)},

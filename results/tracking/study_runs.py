@@ -170,7 +170,8 @@ def settings_of(params: Params, variant: str) -> dict[str, Any]:
     """All that makes a variant's student, under dotted names."""
     chosen, student = params.variants[variant], params.student(variant).model_dump(mode="json")
     terms = chosen.model_dump(mode="json")["terms"]
-    settings = {**flatten({**student, "truth": chosen.truth}), **flatten(terms, "terms.")}
+    labels = {"truth": chosen.truth} | ({} if chosen.truth_share is None else {"truth_share": chosen.truth_share})
+    settings = {**flatten({**student, **labels}), **flatten(terms, "terms.")}
     return {name: value for name, value in settings.items() if value != {}}
 
 

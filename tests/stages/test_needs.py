@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from config.params import Params
+from config.sections import VariantParams
 from data.hashing import MissingFileError
 from stages.needs import needs
 from tests.pipeline.project import params_values
@@ -44,7 +45,7 @@ def test_what_a_variant_reads_is_in_it(root: Path) -> None:
     assert list(content["stores"]) == ["lidar"]
     assert content["student"] == params().student("xod").model_dump(mode="json")
     assert [name for name, _ in content["terms"]] == ["xod_cls", "xod_reg"]
-    assert content["truth"] is True
+    assert content["truth"] == [True, None]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_it_changes_with_the_files_that_are_read(root: Path, changed: str, varia
         ({"study__teachers": ["lidar", "start", "small"]}, set()),
         ({"variants__xod__terms__xod_cls__weight": 0.5}, {"xod"}),
         ({"terms__xod_cls__weight": 0.5}, set()),  # what a variant names is in the variant here
+        ({"variants__xod__truth": "train[::4]"}, {"xod"}),
         ({"variants__xod__row": "A7"}, set()),
     ],
 )
@@ -83,6 +85,25 @@ def test_it_changes_with_the_values_that_are_used(root: Path, changes: dict[str,
     changed = params(**changes)
     names = ("baseline", "xod", "xis")
     assert {name for name in names if needs(root, changed, name) != needs(root, params(), name)} == variants
+
+
+def test_every_entry_of_a_variant_is_in_it_but_its_row(root: Path) -> None:
+    """What is not would train nothing anew when it changes."""
+    few = {"variants__xod__truth": "train[::4]"}
+    changes = {
+        "student": "radar",
+        "terms": {},
+        "model": {"depth_loss_weight": 1.0},
+        "train": {"lr": 0.5},
+        "start": {"teacher": "start", "only": ["images"]},
+        "truth": "train[::2]",
+        "truth_share": 0.5,
+    }
+    assert changes.keys() | {"row"} == VariantParams.model_fields.keys()
+    before = needs(root, params(**few), "xod")
+    for name, value in changes.items():
+        changed = params(**few | {f"variants__xod__{name}": value})
+        assert needs(root, changed, "xod") != before, name
 
 
 def test_missing_weights_are_named(root: Path) -> None:
