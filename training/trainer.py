@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +150,8 @@ def make_fabric(precision: Any) -> Fabric:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
+    # Launchers start the processes themselves. The hint would be in every log of a machine that has Slurm.
+    warnings.filterwarnings("ignore", "The `srun` command is available")
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # Unused parameters are looked for because terms may start late; it also keeps DDP from regrouping its buckets
