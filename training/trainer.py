@@ -27,10 +27,10 @@ from base.environment import cores
 from base.errors import PipelineError
 from base.progress import ProgressBar
 from base.stopping import Preempted
-from base.watching import DISTILLED, WATCHED
+from base.watching import WATCHED
 from training.checkpoint import Checkpoint, CheckpointError, Checkpoints, replacing
 from training.ema import EMA
-from training.gradients import gradient_norms
+from training.gradients import pulls
 from training.loading import load_weights
 from training.run import Run
 from training.sampler import ClassBalance, KeyedDataset, Order, StepBatches, start_worker
@@ -211,22 +211,6 @@ def _innermost(name: str, modules: Iterable[str]) -> str:
 def minimised(names: Iterable[str]) -> list[str]:
     """Of the names that a task's loss returns those that are summed into the loss."""
     return [name for name in names if not name.startswith(WATCHED)]
-
-
-def pulls(losses: Mapping[str, Tensor], student: nn.Module) -> dict[str, float]:
-    """Curves of how the losses of a batch pull at a student's weights.
-
-    `gradient/<loss>` is the norm of each gradient; `pull/<term>` that of a distillation term over that of all losses
-    against the truth together, where there is such a loss.
-    """
-    truth = [loss for name, loss in losses.items() if not name.startswith(DISTILLED)]
-    whole = {"": torch.stack(truth).sum()} if truth else {}
-    norms = gradient_norms({**losses, **whole}, student.parameters())
-    values = dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))
-    reference = values.pop("", 0.0)
-    found = {f"gradient/{name}": value for name, value in values.items()}
-    terms = [name for name in values if name.startswith(DISTILLED)] if reference > 0 else []
-    return found | {f"pull/{name.removeprefix(DISTILLED)}": values[name] / reference for name in terms}
 
 
 class CopiedAhead(Iterator[Any]):

@@ -20,6 +20,7 @@ from tests.training.toy import Recorder, ToyBatch, ToyDataset, ToyTask, collate,
 from training import trainer
 from training.checkpoint import CheckpointError
 from training.ema import EMA, ema_decay
+from training.gradients import pulls
 from training.run import Run
 from training.sampler import Key, StepBatches, epoch_order
 from training.schedule import learning_rate
@@ -325,13 +326,13 @@ def test_a_pull_is_a_share_of_what_the_truth_pulls() -> None:
         "distill/elsewhere": adapter.weight.sum(),
         "distill/constant": torch.tensor(7.0),
     }
-    found = trainer.pulls(losses, student)
+    found = pulls(losses, student)
     gradients = {"box": 6.0, "depth": 15.0, "distill/near": 1.8, "distill/late": 0.0}
     gradients |= {"distill/elsewhere": 0.0, "distill/constant": 0.0}
     shares = {"near": 0.2, "late": 0.0, "elsewhere": 0.0, "constant": 0.0}  # of the 9 of box and depth together
     expected = {f"gradient/{k}": v for k, v in gradients.items()} | {f"pull/{k}": v for k, v in shares.items()}
     assert found == pytest.approx(expected)
-    without_truth = trainer.pulls({"distill/near": losses["distill/near"]}, student)
+    without_truth = pulls({"distill/near": losses["distill/near"]}, student)
     assert without_truth == pytest.approx({"gradient/distill/near": 1.8})
 
 
